@@ -1,0 +1,33 @@
+//! Compiles the C++ shim over libtorch and links libtorch's CPU half.
+//!
+//! The CUDA half is loaded at run time where it is found, so one binary serves both.
+
+use std::{env, path::PathBuf};
+
+fn main() {
+    println!("cargo:rerun-if-env-changed=LIBTORCH");
+    println!("cargo:rerun-if-changed=cpp");
+    let libtorch = PathBuf::from(env::var("LIBTORCH").unwrap_or_else(|_| {
+        panic!("LIBTORCH is not set: build with `make build`, or run `eval \"$(make -s env)\"` first")
+    }));
+    let include = libtorch.join("include");
+    let lib = libtorch.join("lib");
+
+    cc::Build::new()
+        .cpp(true)
+        .std("c++20")
+        .file("cpp/shim.cpp")
+        .include("cpp")
+        .include(&include)
+        .include(include.join("torch/csrc/api/include"))
+        .opt_level(2)
+        .warnings(false)
+        .compile("lathe_shim");
+
+    println!("cargo:rustc-link-search=native={}", lib.display());
+    println!("cargo:rustc-link-lib=torch_cpu");
+    println!("cargo:rustc-link-lib=c10");
+    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
+    // Crates that link a binary repeat the run path: link arguments do not travel to dependants.
+    println!("cargo:libdir={}", lib.display());
+}

@@ -1,0 +1,6 @@
+//! Tensors: tokenizers, token shards, architectures, training and the engine.
+//!
+//! Knows no SQL and no HTTP; the only crate that names tch.
+
+pub mod config;
+pub mod protocol;
