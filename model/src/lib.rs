@@ -3,4 +3,5 @@
 //! Knows no SQL and no HTTP; the only crate that names tch.
 
 pub mod config;
+pub mod data;
 pub mod protocol;

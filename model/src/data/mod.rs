@@ -1,0 +1,3 @@
+//! From a dataset's rows to batches.
+
+pub mod rows;
