@@ -5,3 +5,5 @@
 pub mod config;
 pub mod data;
 pub mod protocol;
+pub mod template;
+pub mod tokenizer;
