@@ -210,6 +210,8 @@ pub enum FailureCode {
     OutOfMemory,
     DiskFull,
     DependencyFailed,
+    /// The job that was to make this was cancelled.
+    Cancelled,
     CheckpointUnreadable,
     DeviceUnavailable,
     WorkerCrashed,

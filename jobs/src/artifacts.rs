@@ -1,0 +1,311 @@
+//! The artifact store: files and folders under keys, each there as a whole or not at all.
+//!
+//! A local folder that every process of an installation sees. Content is written under `tmp/` or
+//! `staging/` in the same file system, synced, and renamed to its key, so a reader never meets half
+//! an artifact and a crash leaves only what housekeeping sweeps. Keys are `files/<id>`,
+//! `parts/<id>`, `datasets/<id>`, `tokenizers/<id>`, `models/<id>` and
+//! `checkpoints/<job>/<attempt>/<step>`; a key never leaves the root.
+
+use std::{
+    fs, io,
+    path::{Component, Path, PathBuf},
+    sync::Arc,
+};
+
+use sha2::{Digest, Sha256};
+use tokio::io::AsyncWriteExt;
+
+use crate::ids;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ArtifactError {
+    #[error("{0:?} is not a key of the artifact store")]
+    BadKey(String),
+    #[error("artifact {key}: {source}")]
+    Io {
+        key: String,
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl ArtifactError {
+    /// The file system has no room left.
+    pub fn is_disk_full(&self) -> bool {
+        matches!(self, ArtifactError::Io { source, .. } if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct Artifacts {
+    root: Arc<Path>,
+}
+
+/// What a finished [`Upload`] wrote.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written {
+    pub bytes: u64,
+    /// Hex.
+    pub sha256: String,
+}
+
+impl Artifacts {
+    /// Opens the store at `root`, making the folder if it is not there.
+    pub fn open(root: impl AsRef<Path>) -> Result<Artifacts, ArtifactError> {
+        let root = root.as_ref();
+        let opened = (|| {
+            for folder in ["tmp", "staging", "logs"] {
+                fs::create_dir_all(root.join(folder))?;
+            }
+            root.canonicalize()
+        })();
+        let root = opened.map_err(|source| ArtifactError::Io { key: root.display().to_string(), source })?;
+        Ok(Artifacts { root: root.into() })
+    }
+
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where the content of `key` lies, whether or not it is there. A key that is not made of plain
+    /// names stays inside the root all the same: it points at a name that is never written.
+    pub fn path(&self, key: &str) -> PathBuf {
+        match plain(key) {
+            true => self.root.join(key),
+            false => self.root.join("tmp").join("not-a-key"),
+        }
+    }
+
+    /// The scratch folder of one attempt; on the same file system, so that publishing is a rename.
+    pub fn staging(&self, job_id: &str, attempt: i32) -> PathBuf {
+        self.path(&format!("staging/{job_id}/{attempt}"))
+    }
+
+    /// The log of one attempt's worker.
+    pub fn log(&self, job_id: &str, attempt: i32) -> PathBuf {
+        self.path(&format!("logs/{job_id}/{attempt}.log"))
+    }
+
+    /// Moves a file of the same file system to `key`, replacing what is there. Blocks.
+    pub fn put_file(&self, from: &Path, key: &str) -> Result<(), ArtifactError> {
+        self.publish(key, |to| {
+            fs::File::open(from)?.sync_all()?;
+            fs::rename(from, to)
+        })
+    }
+
+    /// Moves a folder of the same file system to `key`, replacing what is there; repeated after it
+    /// has moved, it does nothing. Blocks.
+    pub fn put_folder(&self, from: &Path, key: &str) -> Result<(), ArtifactError> {
+        self.publish(key, |to| {
+            if !from.exists() && to.exists() {
+                return Ok(());
+            }
+            sync_tree(from)?;
+            if !to.exists() {
+                return fs::rename(from, to);
+            }
+            let replaced = self.root.join("tmp").join(ids::new("replaced"));
+            fs::rename(to, &replaced)?;
+            fs::rename(from, to)?;
+            fs::remove_dir_all(replaced)
+        })
+    }
+
+    /// Removes a file or folder; one that is not there counts as removed. A folder is first renamed
+    /// away, so no reader sees it half removed. Blocks.
+    pub fn remove(&self, key: &str) -> Result<(), ArtifactError> {
+        if !plain(key) {
+            return Err(ArtifactError::BadKey(key.to_owned()));
+        }
+        let removed = (|| {
+            let path = self.root.join(key);
+            match fs::symlink_metadata(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                Err(error) => Err(error),
+                Ok(metadata) if metadata.is_dir() => {
+                    let doomed = self.root.join("tmp").join(ids::new("removed"));
+                    fs::rename(&path, &doomed)?;
+                    fs::remove_dir_all(doomed)
+                }
+                Ok(_) => fs::remove_file(path),
+            }
+        })();
+        removed.map_err(|source| ArtifactError::Io { key: key.to_owned(), source })
+    }
+
+    /// A file that is hashed while it is written and is at its key once finished; dropped before
+    /// that, nothing remains.
+    pub async fn create(&self, key: &str) -> Result<Upload, ArtifactError> {
+        if !plain(key) {
+            return Err(ArtifactError::BadKey(key.to_owned()));
+        }
+        let staged = self.root.join("tmp").join(ids::new("upload"));
+        let file = tokio::fs::File::create_new(&staged).await.map_err(|source| ArtifactError::Io { key: key.to_owned(), source })?;
+        Ok(Upload { artifacts: self.clone(), key: key.to_owned(), file, staged: Some(staged), digest: Sha256::new(), bytes: 0 })
+    }
+
+    /// Bytes in all files below `key`. Blocks.
+    pub fn size(&self, key: &str) -> Result<u64, ArtifactError> {
+        tree_size(&self.path(key)).map_err(|source| ArtifactError::Io { key: key.to_owned(), source })
+    }
+
+    fn publish(&self, key: &str, rename: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), ArtifactError> {
+        if !plain(key) {
+            return Err(ArtifactError::BadKey(key.to_owned()));
+        }
+        let to = self.root.join(key);
+        let published = (|| {
+            let parent = to.parent().unwrap_or(&self.root);
+            fs::create_dir_all(parent)?;
+            rename(&to)?;
+            fs::File::open(parent)?.sync_all()
+        })();
+        published.map_err(|source| ArtifactError::Io { key: key.to_owned(), source })
+    }
+}
+
+/// A file on its way into the store; see [`Artifacts::create`].
+pub struct Upload {
+    artifacts: Artifacts,
+    key: String,
+    file: tokio::fs::File,
+    staged: Option<PathBuf>,
+    digest: Sha256,
+    bytes: u64,
+}
+
+impl Upload {
+    pub async fn write(&mut self, chunk: &[u8]) -> Result<(), ArtifactError> {
+        self.digest.update(chunk);
+        self.bytes += chunk.len() as u64;
+        self.file.write_all(chunk).await.map_err(|source| ArtifactError::Io { key: self.key.clone(), source })
+    }
+
+    /// Bytes written so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Syncs the file and moves it to its key.
+    pub async fn finish(mut self) -> Result<Written, ArtifactError> {
+        let failed = |key: &str, source| ArtifactError::Io { key: key.to_owned(), source };
+        self.file.flush().await.map_err(|source| failed(&self.key, source))?;
+        let Some(staged) = self.staged.take() else {
+            return Err(ArtifactError::BadKey(self.key.clone()));
+        };
+        let (artifacts, key, from) = (self.artifacts.clone(), self.key.clone(), staged.clone());
+        let published = tokio::task::spawn_blocking(move || artifacts.put_file(&from, &key)).await;
+        match published {
+            Ok(Ok(())) => Ok(Written { bytes: self.bytes, sha256: hex::encode(std::mem::take(&mut self.digest).finalize()) }),
+            Ok(Err(error)) => {
+                self.staged = Some(staged);
+                Err(error)
+            }
+            Err(stopped) => {
+                self.staged = Some(staged);
+                Err(failed(&self.key, io::Error::other(stopped)))
+            }
+        }
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        if let Some(staged) = self.staged.take() {
+            // A leftover is swept by housekeeping, so a failure here loses nothing.
+            let _ = fs::remove_file(staged);
+        }
+    }
+}
+
+/// Whether a key is a relative path of plain names.
+fn plain(key: &str) -> bool {
+    !key.is_empty() && Path::new(key).components().all(|part| matches!(part, Component::Normal(_)))
+}
+
+/// Syncs every file and folder below `folder` to disk. Blocks.
+pub fn sync_tree(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        match entry.file_type()?.is_dir() {
+            true => sync_tree(&entry.path())?,
+            false => fs::File::open(entry.path())?.sync_all()?,
+        }
+    }
+    fs::File::open(folder)?.sync_all()
+}
+
+fn tree_size(path: &Path) -> io::Result<u64> {
+    let metadata = fs::symlink_metadata(path)?;
+    if !metadata.is_dir() {
+        return Ok(metadata.len());
+    }
+    fs::read_dir(path)?.try_fold(0, |sum, entry| Ok(sum + tree_size(&entry?.path())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, Artifacts) {
+        let root = tempfile::tempdir().expect("a temporary folder");
+        let artifacts = Artifacts::open(root.path()).expect("it is writable");
+        (root, artifacts)
+    }
+
+    fn left_in_tmp(artifacts: &Artifacts) -> usize {
+        fs::read_dir(artifacts.root().join("tmp")).expect("it is there").count()
+    }
+
+    #[tokio::test]
+    async fn a_file_is_there_once_finished_and_never_before() {
+        let (_root, artifacts) = store();
+        let mut upload = artifacts.create("files/a").await.expect("a plain key");
+        upload.write(b"hello ").await.expect("there is room");
+        upload.write(b"world").await.expect("there is room");
+        assert!(!artifacts.path("files/a").exists());
+        let written = upload.finish().await.expect("it is published");
+        assert_eq!(written, Written { bytes: 11, sha256: hex::encode(Sha256::digest(b"hello world")) });
+        assert_eq!(fs::read(artifacts.path("files/a")).expect("it is there"), b"hello world");
+        assert_eq!(left_in_tmp(&artifacts), 0);
+    }
+
+    #[tokio::test]
+    async fn a_dropped_upload_leaves_nothing() {
+        let (_root, artifacts) = store();
+        let mut upload = artifacts.create("files/a").await.expect("a plain key");
+        upload.write(b"half").await.expect("there is room");
+        drop(upload);
+        assert!(!artifacts.path("files/a").exists());
+        assert_eq!(left_in_tmp(&artifacts), 0);
+    }
+
+    #[test]
+    fn a_folder_is_published_whole_and_replaced_whole() {
+        let (_root, artifacts) = store();
+        for content in ["first", "second"] {
+            let staged = artifacts.staging("job_1", 1).join("model");
+            fs::create_dir_all(&staged).expect("staging is writable");
+            fs::write(staged.join("weights"), content).expect("staging is writable");
+            artifacts.put_folder(&staged, "models/m").expect("it is published");
+            assert!(!staged.exists());
+            artifacts.put_folder(&staged, "models/m").expect("repeating it does nothing");
+        }
+        assert_eq!(fs::read_to_string(artifacts.path("models/m/weights")).expect("it is there"), "second");
+        assert_eq!(artifacts.size("models/m").expect("it is there"), 6);
+        artifacts.remove("models/m").expect("it is removed");
+        artifacts.remove("models/m").expect("removing twice is removing");
+        assert!(!artifacts.path("models/m").exists());
+        assert_eq!(left_in_tmp(&artifacts), 0);
+    }
+
+    #[test]
+    fn no_key_leaves_the_root() {
+        let (_root, artifacts) = store();
+        for key in ["../x", "/etc/passwd", "", "files/../../x"] {
+            assert!(artifacts.path(key).starts_with(artifacts.root()), "{key}");
+            assert!(matches!(artifacts.remove(key), Err(ArtifactError::BadKey(_))), "{key}");
+        }
+    }
+}

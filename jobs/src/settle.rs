@@ -1,0 +1,111 @@
+//! What follows for others when a job ends: dependants are released or fail, and the dataset,
+//! tokenizer or model that it was to make becomes failed with it.
+//!
+//! Every function runs in the transaction that ends the job, after the update that ends it.
+
+use lathe_model::protocol::{Failure, FailureCode, Level};
+use serde_json::json;
+use sqlx::PgConnection;
+
+use crate::{events, queue};
+
+/// Queues the dependants of a job that has succeeded, where nothing else keeps them blocked.
+pub async fn release_dependants(conn: &mut PgConnection, job_id: &str) -> Result<(), sqlx::Error> {
+    // Locked before their needs are looked at: when two needs succeed at once, the later transaction
+    // looks after the earlier one has committed.
+    let waiting = sqlx::query_scalar!(
+        "SELECT j.id FROM jobs j JOIN job_dependencies d ON d.job_id = j.id
+         WHERE d.needs = $1 AND j.state = 'blocked' ORDER BY j.id FOR UPDATE OF j",
+        job_id,
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    release(conn, &waiting).await
+}
+
+/// Queues those of the blocked jobs `waiting` whose needs have all succeeded.
+pub async fn release(conn: &mut PgConnection, waiting: &[String]) -> Result<(), sqlx::Error> {
+    if waiting.is_empty() {
+        return Ok(());
+    }
+    let released = sqlx::query_scalar!(
+        "UPDATE jobs SET state = 'queued', queued_at = now()
+         WHERE id = ANY($1) AND state = 'blocked' AND NOT EXISTS (
+             SELECT FROM job_dependencies d JOIN jobs n ON n.id = d.needs WHERE d.job_id = jobs.id AND n.state <> 'succeeded')
+         RETURNING id",
+        waiting,
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    for id in released {
+        events::append(conn, &id, Level::Info, "job.queued", "Everything that the job needs is there.", &json!({})).await?;
+        queue::notify(conn, &id).await?;
+    }
+    Ok(())
+}
+
+/// Fails everything that needs a job which has failed or was cancelled, and what needs that in turn.
+pub async fn fail_dependants(conn: &mut PgConnection, job_id: &str) -> Result<(), sqlx::Error> {
+    let mut ended = vec![job_id.to_owned()];
+    while let Some(cause) = ended.pop() {
+        let failure = Failure {
+            code: FailureCode::DependencyFailed,
+            message: format!("The job {cause}, which this one needs, did not succeed. Repair and repeat that one, then create this one again."),
+            param: None,
+            retryable: false,
+        };
+        let failed = sqlx::query_scalar!(
+            "UPDATE jobs SET state = 'failed', error = $2, finished_at = now(), phase = NULL
+             WHERE state IN ('blocked', 'paused') AND id IN (SELECT job_id FROM job_dependencies WHERE needs = $1)
+             RETURNING id",
+            cause,
+            error_of(&failure),
+        )
+        .fetch_all(&mut *conn)
+        .await?;
+        for id in failed {
+            fail_resources(conn, &id, &failure).await?;
+            events::append(conn, &id, Level::Error, "job.failed", &failure.message, &json!({ "code": failure.code })).await?;
+            ended.push(id);
+        }
+    }
+    Ok(())
+}
+
+/// Fails what a job was to make.
+pub async fn fail_resources(conn: &mut PgConnection, job_id: &str, failure: &Failure) -> Result<(), sqlx::Error> {
+    let error = error_of(failure);
+    sqlx::query!("UPDATE datasets SET state = 'failed', error = $2 WHERE job_id = $1 AND state IN ('queued', 'running')", job_id, error)
+        .execute(&mut *conn)
+        .await?;
+    sqlx::query!("UPDATE tokenizers SET state = 'failed', error = $2 WHERE job_id = $1 AND state IN ('queued', 'running')", job_id, error)
+        .execute(&mut *conn)
+        .await?;
+    sqlx::query!("UPDATE models SET state = 'failed', error = $2 WHERE job_id = $1 AND state IN ('queued', 'running')", job_id, error)
+        .execute(&mut *conn)
+        .await?;
+    Ok(())
+}
+
+/// Marks what a job makes as being made.
+pub async fn start_resources(conn: &mut PgConnection, job_id: &str) -> Result<(), sqlx::Error> {
+    sqlx::query!("UPDATE datasets SET state = 'running' WHERE job_id = $1 AND state = 'queued'", job_id).execute(&mut *conn).await?;
+    sqlx::query!("UPDATE tokenizers SET state = 'running' WHERE job_id = $1 AND state = 'queued'", job_id).execute(&mut *conn).await?;
+    sqlx::query!("UPDATE models SET state = 'running' WHERE job_id = $1 AND state = 'queued'", job_id).execute(&mut *conn).await?;
+    Ok(())
+}
+
+/// Why what a cancelled job was to make will not come.
+pub fn cancelled() -> Failure {
+    Failure {
+        code: FailureCode::Cancelled,
+        message: "The job that was to make this was cancelled.".into(),
+        param: None,
+        retryable: false,
+    }
+}
+
+/// The column `error` of jobs and resources.
+pub fn error_of(failure: &Failure) -> serde_json::Value {
+    json!({ "code": failure.code, "message": failure.message, "param": failure.param })
+}
