@@ -22,6 +22,7 @@ pub mod artifacts;
 pub mod events;
 pub mod ids;
 pub mod queue;
+pub mod run;
 pub mod settle;
 pub mod spec;
 pub mod state;
