@@ -1,0 +1,201 @@
+//! Who asks: bearer keys, hashed at rest, looked up before any body is read.
+//!
+//! [`require_key`] wraps every route under `/v1`, so none can forget it; [`Project`] and [`Admin`]
+//! hand the caller to a handler. A looked-up key is remembered for [`REMEMBERED`], which bounds how
+//! long a revoked key goes on working in another process. Secrets are never stored or logged.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use axum::{
+    extract::{FromRequestParts, Request, State},
+    http::{HeaderMap, header, request::Parts},
+    middleware::Next,
+    response::Response,
+};
+use lathe_jobs::ids;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use sqlx::PgConnection;
+use utoipa::ToSchema;
+
+use crate::{problem::ApiError, state::AppState};
+
+/// How long a looked-up key is trusted without asking again.
+pub const REMEMBERED: Duration = Duration::from_secs(2);
+
+/// The id of the project that the bootstrap key belongs to.
+pub const DEFAULT_PROJECT: &str = "proj_default";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// Everything of its project, and the installation: projects, keys, runners, metrics.
+    Admin,
+    /// Everything of its project.
+    Project,
+}
+
+impl Scope {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Scope::Admin => "admin",
+            Scope::Project => "project",
+        }
+    }
+}
+
+/// The caller, with the project that all it does is confined to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Project {
+    pub project_id: String,
+    pub key_id: String,
+    pub scope: Scope,
+}
+
+/// A caller whose key has the scope `admin`.
+#[derive(Clone, Debug)]
+pub struct Admin(pub Project);
+
+impl FromRequestParts<AppState> for Project {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ApiError> {
+        match parts.extensions.get::<Project>() {
+            Some(caller) => Ok(caller.clone()),
+            None => caller(state, &parts.headers).await,
+        }
+    }
+}
+
+impl FromRequestParts<AppState> for Admin {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ApiError> {
+        let caller = Project::from_request_parts(parts, state).await?;
+        if caller.scope != Scope::Admin {
+            return Err(ApiError::forbidden("This needs a key of scope `admin`."));
+        }
+        Ok(Admin(caller))
+    }
+}
+
+/// Middleware: 401 without a valid key; with one, the caller is in the request's extensions.
+pub async fn require_key(State(state): State<AppState>, mut request: Request, next: Next) -> Result<Response, ApiError> {
+    let caller = caller(&state, request.headers()).await?;
+    request.extensions_mut().insert(caller);
+    Ok(next.run(request).await)
+}
+
+/// The secret in `Authorization: Bearer …`.
+pub fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let (scheme, secret) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| secret.trim()).filter(|secret| !secret.is_empty())
+}
+
+async fn caller(state: &AppState, headers: &HeaderMap) -> Result<Project, ApiError> {
+    let hash = hash(bearer(headers).ok_or_else(ApiError::unauthorized)?);
+    if let Some(caller) = state.keys.get(&hash) {
+        return Ok(caller);
+    }
+    let row = sqlx::query!("SELECT id, project_id, scope FROM api_keys WHERE hash = $1 AND revoked_at IS NULL", hash)
+        .fetch_optional(&state.db)
+        .await?
+        .ok_or_else(ApiError::unauthorized)?;
+    let scope = if row.scope == "admin" { Scope::Admin } else { Scope::Project };
+    let caller = Project { project_id: row.project_id, key_id: row.id, scope };
+    state.keys.put(hash, caller.clone());
+    Ok(caller)
+}
+
+fn hash(secret: &str) -> String {
+    hex::encode(Sha256::digest(secret))
+}
+
+/// Keys that were looked up a moment ago, by hash.
+#[derive(Debug, Default)]
+pub struct KeyCache(Mutex<HashMap<String, (Instant, Project)>>);
+
+impl KeyCache {
+    fn get(&self, hash: &str) -> Option<Project> {
+        let cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        cache.get(hash).filter(|(seen, _)| seen.elapsed() < REMEMBERED).map(|(_, caller)| caller.clone())
+    }
+
+    fn put(&self, hash: String, caller: Project) {
+        let mut cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        cache.retain(|_, (seen, _)| seen.elapsed() < REMEMBERED);
+        cache.insert(hash, (Instant::now(), caller));
+    }
+
+    /// Forgets a key that was just revoked here.
+    pub fn forget(&self, key_id: &str) {
+        let mut cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        cache.retain(|_, (_, caller)| caller.key_id != key_id);
+    }
+}
+
+/// A key just made; the only moment at which its secret is known.
+#[derive(Debug)]
+pub struct NewKey {
+    pub id: String,
+    pub secret: String,
+}
+
+/// Makes a key for a project that exists.
+pub async fn create_key(conn: &mut PgConnection, project_id: &str, name: Option<&str>, scope: Scope) -> Result<NewKey, sqlx::Error> {
+    let secret = format!("lathe-{}", ids::secret());
+    let id = insert_key(conn, project_id, name, scope, &secret).await?;
+    Ok(NewKey { id, secret })
+}
+
+async fn insert_key(conn: &mut PgConnection, project_id: &str, name: Option<&str>, scope: Scope, secret: &str) -> Result<String, sqlx::Error> {
+    let id = ids::new("key");
+    let hint: String = secret.chars().rev().take(4).collect::<Vec<_>>().into_iter().rev().collect();
+    sqlx::query!(
+        "INSERT INTO api_keys (id, project_id, name, scope, hash, hint) VALUES ($1, $2, $3, $4, $5, $6)",
+        id,
+        project_id,
+        name,
+        scope.as_str(),
+        hash(secret),
+        hint,
+    )
+    .execute(conn)
+    .await?;
+    Ok(id)
+}
+
+/// Makes sure that `secret` is an admin key of the project `default`, which is made if it is not
+/// there. A key that was revoked stays revoked.
+pub async fn bootstrap(conn: &mut PgConnection, secret: &str) -> Result<(), sqlx::Error> {
+    sqlx::query!("INSERT INTO projects (id, name) VALUES ($1, 'default') ON CONFLICT DO NOTHING", DEFAULT_PROJECT).execute(&mut *conn).await?;
+    let known = sqlx::query_scalar!("SELECT id FROM api_keys WHERE hash = $1", hash(secret)).fetch_optional(&mut *conn).await?;
+    if known.is_none() {
+        match insert_key(conn, DEFAULT_PROJECT, Some("bootstrap"), Scope::Admin, secret).await {
+            // Another process that starts at the same time made it.
+            Err(sqlx::Error::Database(error)) if error.constraint() == Some("api_keys_hash_unique") => {}
+            made => drop(made?),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_bearer_credentials_count() {
+        let with = |value: &'static str| HeaderMap::from_iter([(header::AUTHORIZATION, value.parse().unwrap())]);
+        assert_eq!(bearer(&with("Bearer abc")), Some("abc"));
+        assert_eq!(bearer(&with("bearer  abc ")), Some("abc"));
+        for wrong in ["abc", "Basic abc", "Bearer", "Bearer  "] {
+            assert_eq!(bearer(&with(wrong)), None, "{wrong}");
+        }
+        assert_eq!(bearer(&HeaderMap::new()), None);
+    }
+}

@@ -1,0 +1,188 @@
+//! Creations happen once, however often their request is sent.
+//!
+//! A request with `Idempotency-Key` is answered once and the answer kept for 24 hours: the same key
+//! with the same body gets it again, with another body 422, and while the first is still being
+//! answered 409. OpenAI's SDKs send no such key but count their retries in
+//! `x-stainless-retry-count`; a retry of a creation gets the answer of the first attempt for 10
+//! minutes, found by API key and body. Only [`CREATIONS`] are covered: never a generation, and never
+//! an answer that holds a secret. A file's own content is not compared here, since it is not held in
+//! memory; its key alone counts.
+//!
+//! A creation goes on when its client is gone, so that the retry finds its answer.
+
+use axum::{
+    body::Body,
+    extract::{MatchedPath, Request, State},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, header},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use sqlx::PgPool;
+
+use crate::{
+    auth::Project,
+    parse::{self, JSON_LIMIT},
+    problem::ApiError,
+    state::AppState,
+};
+
+/// The POST routes whose repetition would create a second thing.
+pub const CREATIONS: [&str; 8] = [
+    "/v1/projects",
+    "/v1/files",
+    "/v1/uploads",
+    "/v1/uploads/{upload_id}/parts",
+    "/v1/datasets",
+    "/v1/tokenizers",
+    "/v1/training/jobs",
+    "/v1/fine_tuning/jobs",
+];
+
+/// What makes two requests the same one.
+struct Identity {
+    project_id: String,
+    key: String,
+    body_sha256: String,
+    /// Seconds for which the answer is kept.
+    kept: f64,
+    /// Whether an answer of an earlier request may be given.
+    replays: bool,
+}
+
+/// Middleware, inside of [`crate::auth::require_key`].
+pub async fn replay(State(state): State<AppState>, request: Request, next: Next) -> Result<Response, ApiError> {
+    let route = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
+    let creates = request.method() == Method::POST && CREATIONS.contains(&route);
+    let marked = request.headers().contains_key("idempotency-key") || request.headers().contains_key("x-stainless-retry-count");
+    let caller = request.extensions().get::<Project>().cloned();
+    let (true, true, Some(caller)) = (creates, marked, caller) else {
+        return Ok(next.run(request).await);
+    };
+    let (parts, body) = request.into_parts();
+    let mut digest = Sha256::new();
+    digest.update(format!("{} {}\n", parts.method, parts.uri));
+    let streamed = is_multipart(&parts.headers);
+    let body = if streamed {
+        body
+    } else {
+        let bytes = parse::read_body(body, JSON_LIMIT).await?;
+        digest.update(&bytes);
+        Body::from(bytes)
+    };
+    let Some(identity) = identity(&parts.headers, caller, hex::encode(digest.finalize()), streamed)? else {
+        return Ok(next.run(Request::from_parts(parts, body)).await);
+    };
+    if let Some(answer) = reserve(&state.db, &identity, streamed).await? {
+        return Ok(answer);
+    }
+    let request = Request::from_parts(parts, body);
+    let answering = tokio::spawn(async move {
+        let answer = next.run(request).await;
+        keep(&state.db, &identity, answer).await
+    });
+    answering.await.map_err(ApiError::internal)?
+}
+
+fn is_multipart(headers: &HeaderMap) -> bool {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    kind.trim_start().to_ascii_lowercase().starts_with("multipart/")
+}
+
+fn identity(headers: &HeaderMap, caller: Project, body_sha256: String, streamed: bool) -> Result<Option<Identity>, ApiError> {
+    if let Some(key) = headers.get("idempotency-key") {
+        let key = key.to_str().ok().filter(|key| (1..=255).contains(&key.len()));
+        let key = key.ok_or_else(|| ApiError::bad_request("Idempotency-Key", "`Idempotency-Key` must have 1 to 255 visible ASCII characters."))?;
+        let identity = Identity { project_id: caller.project_id, key: format!("key/{key}"), body_sha256, kept: 86_400.0, replays: true };
+        return Ok(Some(identity));
+    }
+    let retries = headers.get("x-stainless-retry-count").and_then(|count| count.to_str().ok()).and_then(|count| count.parse::<u32>().ok());
+    // A file's repetition is found by its content, in its handler.
+    Ok(retries.filter(|_| !streamed).map(|retries| Identity {
+        key: format!("retry/{}/{body_sha256}", caller.key_id),
+        project_id: caller.project_id,
+        body_sha256,
+        kept: 600.0,
+        replays: retries > 0,
+    }))
+}
+
+/// Takes the identity for this request (`None`), or says what answers it instead. An unanswered
+/// reservation is void after a minute (an hour for an upload): its server died.
+async fn reserve(db: &PgPool, identity: &Identity, streamed: bool) -> Result<Option<Response>, ApiError> {
+    let patience = if streamed { 3_600.0 } else { 60.0 };
+    let taken = sqlx::query!(
+        "INSERT INTO idempotent_requests AS held (project_id, key, body_sha256, expires_at)
+         VALUES ($1, $2, $3, now() + make_interval(secs => $4))
+         ON CONFLICT (project_id, key) DO UPDATE
+            SET body_sha256 = excluded.body_sha256, status = NULL, response = NULL, created_at = now(), expires_at = excluded.expires_at
+            WHERE held.expires_at <= now() OR (NOT $5 AND held.status IS NOT NULL)",
+        identity.project_id,
+        identity.key,
+        identity.body_sha256,
+        patience,
+        identity.replays,
+    )
+    .execute(db)
+    .await?;
+    if taken.rows_affected() == 1 {
+        return Ok(None);
+    }
+    let held = sqlx::query!(
+        "SELECT body_sha256, status, response FROM idempotent_requests WHERE project_id = $1 AND key = $2",
+        identity.project_id,
+        identity.key,
+    )
+    .fetch_optional(db)
+    .await?;
+    match held {
+        Some(held) if held.body_sha256 != identity.body_sha256 => Err(ApiError::unprocessable(
+            "idempotency_key_reused",
+            "Idempotency-Key",
+            "This `Idempotency-Key` was used with another request; use a new one.",
+        )),
+        Some(held) => match (held.status.and_then(|status| StatusCode::from_u16(status as u16).ok()), held.response) {
+            (Some(status), Some(response)) => Ok(Some(repeated(status, response))),
+            _ => Err(ApiError::in_flight()),
+        },
+        None => Err(ApiError::in_flight()),
+    }
+}
+
+fn repeated(status: StatusCode, response: Value) -> Response {
+    let mut answer = (status, axum::Json(response)).into_response();
+    answer.headers_mut().insert("idempotent-replayed", HeaderValue::from_static("true"));
+    answer
+}
+
+/// Keeps an answer that will stay true; any other frees the identity for the next attempt.
+async fn keep(db: &PgPool, identity: &Identity, answer: Response) -> Result<Response, ApiError> {
+    let lasting = answer.status().is_success() || matches!(answer.status().as_u16(), 400 | 404 | 413 | 415 | 422);
+    let (parts, body) = answer.into_parts();
+    let bytes = parse::read_body(body, 2 * JSON_LIMIT).await?;
+    let kept = serde_json::from_slice::<Value>(&bytes).ok().filter(|_| lasting);
+    let stored = match kept {
+        Some(response) => {
+            sqlx::query!(
+                "UPDATE idempotent_requests SET status = $3, response = $4, expires_at = now() + make_interval(secs => $5)
+                 WHERE project_id = $1 AND key = $2",
+                identity.project_id,
+                identity.key,
+                i32::from(parts.status.as_u16()),
+                response,
+                identity.kept,
+            )
+            .execute(db)
+            .await
+        }
+        None => {
+            sqlx::query!("DELETE FROM idempotent_requests WHERE project_id = $1 AND key = $2", identity.project_id, identity.key).execute(db).await
+        }
+    };
+    if let Err(error) = stored {
+        // What was asked for has happened; losing its record must not turn the answer into a failure.
+        tracing::warn!(%error, "the answer to a creation could not be kept");
+    }
+    Ok(Response::from_parts(parts, Body::from(bytes)))
+}

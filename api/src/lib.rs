@@ -1,0 +1,21 @@
+//! The HTTP API: requests in, rows and artifacts out. Knows no tensors; work that takes time is a
+//! job's.
+//!
+//! A request passes [`server`]'s layers, then [`auth`], then the handler of its resource in
+//! [`routes`], which reads it through [`parse`], works in its own SQL and answers in the shapes that
+//! the OpenAPI document ([`openapi`]) shows. Refusals are [`problem::ApiError`]s.
+
+pub mod auth;
+pub mod idempotency;
+pub mod metadata;
+pub mod openapi;
+pub mod page;
+pub mod parse;
+pub mod problem;
+pub mod routes;
+pub mod schema;
+pub mod server;
+pub mod state;
+
+/// The schema, embedded in the binary.
+pub static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../migrations");

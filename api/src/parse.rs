@@ -1,0 +1,297 @@
+//! Requests become values of their types here, once, or are refused with the full path of what is
+//! wrong.
+//!
+//! [`Body<T>`] reads strict JSON: no duplicate keys, bounded depth and size, no U+0000 in text. The
+//! value is then held against `T`'s own schema (see [`crate::schema`]), which is the one that the
+//! OpenAPI document shows. So bounds, enums and the shapes of tagged unions are stated once, in
+//! `#[schema(minimum = 1, maximum = 100)]` attributes, and a violation inside a tagged union keeps
+//! its path, which serde alone would lose. Give a request's type
+//! `#[derive(Deserialize, ToSchema)] #[serde(deny_unknown_fields)]` and nothing else is needed.
+//! Fields that contradict one another are the handler's to refuse, with
+//! [`ApiError::unprocessable`].
+//!
+//! [`Query<T>`] does the same for the query string, after its parameters have been read as the
+//! types that `T`'s parameters state; [`Path<T>`] is axum's with the API's refusals. None of them
+//! ever answers in another shape than [`crate::problem::ErrorBody`].
+
+use std::fmt;
+
+use axum::{
+    body::Bytes,
+    extract::{FromRequest, FromRequestParts, Request},
+    http::{HeaderMap, header, request::Parts},
+};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Number, Value};
+use utoipa::{IntoParams, ToSchema};
+
+use crate::{
+    problem::ApiError,
+    schema::{self, Violation},
+};
+
+/// Bytes of a JSON body.
+pub const JSON_LIMIT: usize = 4 << 20;
+
+/// Arrays and objects inside one another.
+const DEPTH_LIMIT: usize = 64;
+
+/// axum's `Path`, with refusals in the API's shape.
+#[derive(FromRequestParts)]
+#[from_request(via(axum::extract::Path), rejection(ApiError))]
+pub struct Path<T>(pub T);
+
+/// A JSON body that `T`'s schema accepts.
+pub struct Body<T>(pub T);
+
+impl<S: Send + Sync, T: DeserializeOwned + ToSchema> FromRequest<S> for Body<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _state: &S) -> Result<Self, ApiError> {
+        require_json(request.headers())?;
+        let bytes = read_body(request.into_body(), JSON_LIMIT).await?;
+        Ok(Body(schema::read(json(&bytes)?)?))
+    }
+}
+
+/// Like [`Body`], for a route whose body may be absent: an empty one reads as `{}`.
+pub struct OptionalBody<T>(pub T);
+
+impl<S: Send + Sync, T: DeserializeOwned + ToSchema> FromRequest<S> for OptionalBody<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _state: &S) -> Result<Self, ApiError> {
+        let typed = require_json(request.headers());
+        let bytes = read_body(request.into_body(), JSON_LIMIT).await?;
+        if bytes.is_empty() {
+            return Ok(OptionalBody(schema::read(Value::Object(Map::new()))?));
+        }
+        typed?;
+        Ok(OptionalBody(schema::read(json(&bytes)?)?))
+    }
+}
+
+/// The query string as a `T` (`#[derive(Deserialize, IntoParams)]` with
+/// `#[serde(deny_unknown_fields)] #[into_params(parameter_in = Query)]`).
+pub struct Query<T>(pub T);
+
+impl<S: Send + Sync, T: DeserializeOwned + IntoParams> FromRequestParts<S> for Query<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, ApiError> {
+        let axum::extract::Query(pairs) = axum::extract::Query::<Vec<(String, String)>>::try_from_uri(&parts.uri)?;
+        let parameters = T::into_params(|| Some(utoipa::openapi::path::ParameterIn::Query));
+        let mut properties = Map::new();
+        for parameter in parameters {
+            let schema = serde_json::to_value(&parameter.schema).map_err(ApiError::internal)?;
+            properties.insert(parameter.name, schema);
+        }
+        let mut values = Map::new();
+        for (name, text) in pairs {
+            let Some(schema) = properties.get(&name) else {
+                return Err(ApiError::bad_request(&name, format!("There is no query parameter `{name}` here.")));
+            };
+            if text.contains('\0') {
+                return Err(nul(&name));
+            }
+            let value = typed(schema, text);
+            match (has_type(schema, "array"), values.get_mut(&name)) {
+                (true, Some(Value::Array(items))) => items.push(value),
+                (true, _) => drop(values.insert(name, Value::Array(vec![value]))),
+                (false, None) => drop(values.insert(name, value)),
+                (false, Some(_)) => return Err(ApiError::bad_request(&name, format!("`{name}` is given twice."))),
+            }
+        }
+        let shape = serde_json::json!({"type": "object", "additionalProperties": false, "properties": properties});
+        Ok(Query(schema::read_as(shape, Value::Object(values))?))
+    }
+}
+
+impl From<Violation> for ApiError {
+    fn from(violation: Violation) -> ApiError {
+        ApiError::bad_request(violation.param, violation.message)
+    }
+}
+
+fn has_type(schema: &Value, name: &str) -> bool {
+    schema["type"] == name || schema["type"].as_array().is_some_and(|types| types.iter().any(|one| one == name))
+}
+
+/// A parameter's text as the JSON value that its schema asks for; text that does not fit stays text
+/// and is refused by the schema.
+fn typed(schema: &Value, text: String) -> Value {
+    let schema = if has_type(schema, "array") { &schema["items"] } else { schema };
+    let parsed = match &schema["type"] {
+        _ if has_type(schema, "integer") || has_type(schema, "number") => serde_json::from_str(&text).ok().filter(Value::is_number),
+        _ if has_type(schema, "boolean") => serde_json::from_str(&text).ok().filter(Value::is_boolean),
+        _ => None,
+    };
+    parsed.unwrap_or(Value::String(text))
+}
+
+fn require_json(headers: &HeaderMap) -> Result<(), ApiError> {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let essence = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    if essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json")) {
+        return Ok(());
+    }
+    let found = if kind.is_empty() { "none was given".to_owned() } else { format!("`{kind}` was given") };
+    Err(ApiError::unsupported_media_type(format!("The body must be JSON under `Content-Type: application/json`, and {found}.")))
+}
+
+/// The whole body, at most `limit` bytes of it.
+pub async fn read_body(body: axum::body::Body, limit: usize) -> Result<Bytes, ApiError> {
+    match Limited::new(body, limit).collect().await {
+        Ok(collected) => Ok(collected.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => Err(ApiError::too_large("The body", limit as u64)),
+        Err(error) => Err(broken_body(error.as_ref())),
+    }
+}
+
+/// The refusal of a body that ended before its end: it stopped arriving, or the client is gone.
+pub fn broken_body(error: &(dyn std::error::Error + 'static)) -> ApiError {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if error.is::<tower_http::timeout::TimeoutError>() {
+            return ApiError::request_timeout();
+        }
+        cause = error.source();
+    }
+    ApiError::bad_request("", "The body broke off before its end.")
+}
+
+/// Strict JSON.
+pub fn json(bytes: &[u8]) -> Result<Value, ApiError> {
+    if bytes.is_empty() {
+        return Err(ApiError::bad_request("", "The body is empty; it must be a JSON object."));
+    }
+    let text = std::str::from_utf8(bytes).map_err(|error| {
+        ApiError::bad_request("", format!("The body is not UTF-8: byte {} does not belong there.", error.valid_up_to()))
+    })?;
+    let mut reader = serde_json::Deserializer::from_str(text);
+    let mut track = serde_path_to_error::Track::new();
+    let parsed = StrictValue { depth: 0 }.deserialize(serde_path_to_error::Deserializer::new(&mut reader, &mut track));
+    let value = parsed.and_then(|value| reader.end().map(|()| value));
+    value.map_err(|error| {
+        let path = track.path().to_string();
+        match error.classify() {
+            serde_json::error::Category::Data => {
+                let message = error.to_string();
+                let sentence = message.rsplit_once(" at line").map_or(message.as_str(), |(sentence, _)| sentence);
+                ApiError::bad_request(if path == "." { String::new() } else { path }, format!("{sentence}."))
+            }
+            _ => ApiError::bad_request("", format!("The body is not valid JSON: {error}.")),
+        }
+    })
+}
+
+fn nul(param: &str) -> ApiError {
+    ApiError::bad_request(param, "Text may not hold the character U+0000.")
+}
+
+/// Builds a [`Value`] and refuses what [`Value`]'s own reader lets through.
+#[derive(Clone, Copy)]
+struct StrictValue {
+    depth: usize,
+}
+
+impl StrictValue {
+    fn inner<E: serde::de::Error>(self) -> Result<StrictValue, E> {
+        if self.depth == DEPTH_LIMIT {
+            return Err(E::custom(format!("Arrays and objects may lie at most {DEPTH_LIMIT} deep in one another")));
+        }
+        Ok(StrictValue { depth: self.depth + 1 })
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for StrictValue {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for StrictValue {
+    type Value = Value;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str("a JSON value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(Value::Bool(value))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Value, E> {
+        Number::from_f64(value).map(Value::Number).ok_or_else(|| E::custom("This number is not finite"))
+    }
+
+    fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<Value, E> {
+        if value.contains('\0') {
+            return Err(E::custom("Text may not hold the character U+0000"));
+        }
+        Ok(Value::String(value.to_owned()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+        let inner = self.inner()?;
+        let mut array = Vec::new();
+        while let Some(item) = items.next_element_seed(inner)? {
+            array.push(item);
+        }
+        Ok(Value::Array(array))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Value, A::Error> {
+        let inner = self.inner()?;
+        let mut object = Map::new();
+        while let Some(name) = fields.next_key::<String>()? {
+            if name.contains('\0') {
+                return Err(A::Error::custom("Names may not hold the character U+0000"));
+            }
+            if object.contains_key(&name) {
+                return Err(A::Error::custom(format!("The field `{name}` is given twice")));
+            }
+            let value = fields.next_value_seed(inner)?;
+            object.insert(name, value);
+        }
+        Ok(Value::Object(object))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(text: &str) -> (Option<String>, String) {
+        let error = json(text.as_bytes()).unwrap_err().body.error.clone();
+        (error.param, error.message)
+    }
+
+    #[test]
+    fn strict_json() {
+        assert_eq!(json(br#"{"a": [1, -2, 0.5, "x", null, true]}"#).unwrap(), serde_json::json!({"a": [1, -2, 0.5, "x", null, true]}));
+        assert_eq!(refusal(r#"{"a": {"b": [{"c": 1, "c": 2}]}}"#).1, "The field `c` is given twice.");
+        assert_eq!(refusal(r#"{"a": {"b": ["x", "\u0000"]}}"#).0.as_deref(), Some("a.b[1]"));
+        assert!(refusal(&("[".repeat(65) + &"]".repeat(65))).1.contains("deep"));
+        assert!(refusal(&"[".repeat(1_000_000)).1.contains("deep"));
+        for malformed in ["", "{", "{} x", "{'a': 1}", "[1e999]", "\"\\ud800\"", "nul", "\u{feff}{}"] {
+            assert_eq!(json(malformed.as_bytes()).unwrap_err().status, 400, "{malformed}");
+        }
+        assert!(json(&[b'"', 0xff, b'"']).unwrap_err().body.error.message.contains("UTF-8"));
+    }
+}

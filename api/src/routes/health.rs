@@ -1,0 +1,110 @@
+//! `/healthz`: the process answers. `/readyz`: it can do its work, with the reason if it cannot.
+
+use axum::{Json, extract::State, http::StatusCode};
+use serde::Serialize;
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::{problem::ApiError, state::AppState};
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new().routes(routes!(get_health)).routes(routes!(get_readiness))
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Health {
+    #[schema(examples("ok"))]
+    status: &'static str,
+    version: &'static str,
+}
+
+/// Whether the process lives
+#[utoipa::path(get, path = "/healthz", operation_id = "get_health", tag = "health", responses((status = 200, description = "It does", body = Health)))]
+async fn get_health() -> Json<Health> {
+    Json(Health { status: "ok", version: env!("CARGO_PKG_VERSION") })
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Readiness {
+    ready: bool,
+    checks: Vec<Check>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Check {
+    /// `database`, `migrations`, `disk` or `runners`.
+    name: &'static str,
+    ok: bool,
+    /// What was found, and what to do where it is not as it should be.
+    detail: String,
+}
+
+/// Whether the server can do its work
+///
+/// Checks the database, its migrations, the disk's low mark and that a runner is there.
+#[utoipa::path(
+    get, path = "/readyz", operation_id = "get_readiness", tag = "health",
+    responses((status = 200, description = "Ready", body = Readiness), (status = 503, description = "Not ready; `checks` says why", body = Readiness))
+)]
+async fn get_readiness(State(state): State<AppState>) -> (StatusCode, Json<Readiness>) {
+    let checks = vec![check_database(&state).await, check_migrations(&state).await, check_disk(&state).await, check_runners(&state).await];
+    let ready = checks.iter().all(|check| check.ok);
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(Readiness { ready, checks }))
+}
+
+async fn check_database(state: &AppState) -> Check {
+    let answer = sqlx::query("SELECT 1").execute(&state.db).await;
+    let (ok, detail) = match answer {
+        Ok(_) => (true, "reachable".to_owned()),
+        Err(error) => (false, ApiError::from(error).body.error.message),
+    };
+    Check { name: "database", ok, detail }
+}
+
+/// The newest migration in the database must be the newest one that this binary knows.
+async fn check_migrations(state: &AppState) -> Check {
+    let known = crate::MIGRATOR.iter().map(|migration| migration.version).max();
+    let applied: Result<Option<i64>, _> = sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success").fetch_one(&state.db).await;
+    let (ok, detail) = match applied {
+        Ok(applied) if applied == known => (true, format!("at {}", known.unwrap_or_default())),
+        Ok(applied) => (
+            false,
+            format!("the database is at {} and this binary at {}; run `lathe migrate` of the newer one", applied.unwrap_or_default(), known.unwrap_or_default()),
+        ),
+        Err(_) => (false, "the database's migrations cannot be read".to_owned()),
+    };
+    Check { name: "migrations", ok, detail }
+}
+
+async fn check_disk(state: &AppState) -> Check {
+    let low = state.config.disk_low_bytes;
+    let (ok, detail) = match free_bytes(state).await {
+        Ok(free) if free >= low => (true, format!("{free} bytes free")),
+        Ok(free) => (false, format!("{free} bytes are free and the low mark is {low}; delete what is no longer needed")),
+        Err(error) => {
+            tracing::warn!(%error, "the artifacts' file system cannot be read");
+            (false, "the artifacts' file system cannot be read".to_owned())
+        }
+    };
+    Check { name: "disk", ok, detail }
+}
+
+async fn check_runners(state: &AppState) -> Check {
+    let live = sqlx::query_scalar!(r#"SELECT count(*) AS "count!" FROM runners WHERE stopped_at IS NULL AND expires_at > now()"#).fetch_one(&state.db).await;
+    let (ok, detail) = match live {
+        Ok(0) => (false, "no runner is there, so jobs wait; start `lathe runner`".to_owned()),
+        Ok(live) => (true, format!("{live} there")),
+        Err(_) => (false, "the runners cannot be read".to_owned()),
+    };
+    Check { name: "runners", ok, detail }
+}
+
+/// Bytes free to this process on the artifacts' file system.
+pub(super) async fn free_bytes(state: &AppState) -> std::io::Result<u64> {
+    let root = state.artifacts.root().to_owned();
+    let found = tokio::task::spawn_blocking(move || nix::sys::statvfs::statvfs(&root)).await.map_err(std::io::Error::other)??;
+    // Both are u64 on Linux and narrower elsewhere.
+    #[allow(clippy::useless_conversion)]
+    Ok(u64::from(found.blocks_available()) * u64::from(found.fragment_size()))
+}

@@ -1,0 +1,32 @@
+//! One resource per file: shapes, handlers and their own SQL. Paths are written in full.
+
+pub mod health;
+pub mod projects;
+
+use axum::middleware;
+use utoipa_axum::router::OpenApiRouter;
+
+use crate::{auth, idempotency, state::AppState};
+
+/// Every route, without layers: what the document is made from.
+pub fn routes() -> OpenApiRouter<AppState> {
+    public().merge(keyed())
+}
+
+/// Every route; those that need a key cannot be reached without one, whatever their handlers do.
+pub fn router(state: &AppState) -> OpenApiRouter<AppState> {
+    let keyed = keyed()
+        .route_layer(middleware::from_fn_with_state(state.clone(), idempotency::replay))
+        .route_layer(middleware::from_fn_with_state(state.clone(), auth::require_key));
+    public().merge(keyed)
+}
+
+/// Routes that check for themselves who asks, or that anyone may ask.
+fn public() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new().merge(health::router())
+}
+
+/// One line per resource.
+fn keyed() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new().merge(projects::router())
+}

@@ -1,0 +1,248 @@
+//! `/v1/projects` and their keys. Admin keys only.
+
+use axum::{Json, extract::State, http::StatusCode};
+use lathe_jobs::ids;
+use serde::{Deserialize, Serialize};
+use sqlx::PgPool;
+use time::OffsetDateTime;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::{
+    auth::{self, Admin, Scope},
+    metadata::Metadata,
+    page::{List, Order, Page},
+    parse::{Body, OptionalBody, Path, Query},
+    problem::ApiError,
+    state::AppState,
+};
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(create_project, list_projects))
+        .routes(routes!(create_key, list_keys))
+        .routes(routes!(delete_key))
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"name": "research", "metadata": {"team": "nlp"}}))]
+pub struct CreateProject {
+    #[schema(min_length = 1, max_length = 64)]
+    name: String,
+    metadata: Option<Metadata>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ProjectObject {
+    #[schema(examples("proj_01J8Z0M5V4Q1X7Y2K3N6R9T0WB"))]
+    id: String,
+    #[schema(examples("project"))]
+    object: &'static str,
+    name: String,
+    metadata: Metadata,
+    /// Unix seconds.
+    created_at: i64,
+}
+
+/// Create a project
+#[utoipa::path(
+    post, path = "/v1/projects", operation_id = "create_project", tag = "projects", request_body = CreateProject,
+    responses((status = 200, description = "The project", body = ProjectObject), (status = 409, description = "The name is taken"))
+)]
+async fn create_project(State(state): State<AppState>, _: Admin, Body(request): Body<CreateProject>) -> Result<Json<ProjectObject>, ApiError> {
+    let (id, metadata) = (ids::new("proj"), request.metadata.unwrap_or_default());
+    let created_at = sqlx::query_scalar!(
+        "INSERT INTO projects (id, name, metadata) VALUES ($1, $2, $3) RETURNING created_at",
+        id,
+        request.name,
+        metadata.to_row(),
+    )
+    .fetch_one(&state.db)
+    .await?;
+    Ok(Json(ProjectObject { id, object: "project", name: request.name, metadata, created_at: created_at.unix_timestamp() }))
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ListProjects {
+    /// The id of the last item of the page before.
+    after: Option<String>,
+    #[param(minimum = 1, maximum = 100, default = 20)]
+    limit: Option<i64>,
+    #[param(inline)]
+    order: Option<Order>,
+    /// Only the project of this name.
+    name: Option<String>,
+}
+
+/// List projects
+#[utoipa::path(get, path = "/v1/projects", operation_id = "list_projects", tag = "projects", params(ListProjects), responses((status = 200, description = "A page", body = List<ProjectObject>)))]
+async fn list_projects(State(state): State<AppState>, _: Admin, Query(query): Query<ListProjects>) -> Result<Json<List<ProjectObject>>, ApiError> {
+    let mut page = Page::first(query.limit.unwrap_or(20), query.order);
+    if let Some(id) = query.after {
+        let created_at = sqlx::query_scalar!("SELECT created_at FROM projects WHERE id = $1", id).fetch_optional(&state.db).await?;
+        page = page.after(id, created_at)?;
+    }
+    let rows = sqlx::query!(
+        "SELECT id, name, metadata, created_at FROM projects
+         WHERE ($1::text IS NULL OR name = $1)
+           AND ($2::timestamptz IS NULL OR CASE WHEN $4 THEN (created_at, id) > ($2, $3) ELSE (created_at, id) < ($2, $3) END)
+         ORDER BY CASE WHEN $4 THEN created_at END, CASE WHEN $4 THEN id END, created_at DESC, id DESC LIMIT $5",
+        query.name,
+        page.after,
+        page.after_id,
+        page.ascending,
+        page.fetch(),
+    )
+    .fetch_all(&state.db)
+    .await?;
+    let projects = rows.into_iter().map(|row| ProjectObject {
+        id: row.id,
+        object: "project",
+        name: row.name,
+        metadata: Metadata::from_row(row.metadata),
+        created_at: row.created_at.unix_timestamp(),
+    });
+    Ok(Json(List::of(projects.collect(), &page, |project| &project.id)))
+}
+
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"name": "ci", "scope": "project"}))]
+pub struct CreateKey {
+    #[schema(min_length = 1, max_length = 64)]
+    name: Option<String>,
+    /// `project` if absent.
+    scope: Option<Scope>,
+}
+
+/// A key without its secret.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct KeyObject {
+    #[schema(examples("key_01J8Z0M5V4Q1X7Y2K3N6R9T0WB"))]
+    id: String,
+    #[schema(examples("project.key"))]
+    object: &'static str,
+    name: Option<String>,
+    #[schema(examples("project"))]
+    scope: String,
+    /// The secret's last four characters.
+    hint: String,
+    /// Unix seconds.
+    created_at: i64,
+    revoked_at: Option<i64>,
+    /// The secret, in the answer that makes the key and never again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    key: Option<String>,
+}
+
+/// Create a key
+///
+/// The answer is the only one that holds the secret, `key`.
+#[utoipa::path(
+    post, path = "/v1/projects/{project_id}/keys", operation_id = "create_key", tag = "projects", request_body = CreateKey,
+    params(("project_id" = String, Path)),
+    responses((status = 200, description = "The key with its secret", body = KeyObject))
+)]
+async fn create_key(State(state): State<AppState>, _: Admin, Path(project): Path<String>, OptionalBody(request): OptionalBody<CreateKey>) -> Result<Json<KeyObject>, ApiError> {
+    require_project(&state.db, &project).await?;
+    let scope = request.scope.unwrap_or(Scope::Project);
+    let mut conn = state.db.acquire().await?;
+    let made = auth::create_key(&mut conn, &project, request.name.as_deref(), scope).await?;
+    let row = sqlx::query!("SELECT hint, created_at FROM api_keys WHERE id = $1", made.id).fetch_one(&mut *conn).await?;
+    Ok(Json(KeyObject {
+        id: made.id,
+        object: "project.key",
+        name: request.name,
+        scope: scope.as_str().to_owned(),
+        hint: row.hint,
+        created_at: row.created_at.unix_timestamp(),
+        revoked_at: None,
+        key: Some(made.secret),
+    }))
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ListKeys {
+    /// The id of the last item of the page before.
+    after: Option<String>,
+    #[param(minimum = 1, maximum = 100, default = 20)]
+    limit: Option<i64>,
+    #[param(inline)]
+    order: Option<Order>,
+}
+
+/// List keys, revoked ones too
+#[utoipa::path(
+    get, path = "/v1/projects/{project_id}/keys", operation_id = "list_keys", tag = "projects",
+    params(("project_id" = String, Path), ListKeys),
+    responses((status = 200, description = "A page", body = List<KeyObject>))
+)]
+async fn list_keys(State(state): State<AppState>, _: Admin, Path(project): Path<String>, Query(query): Query<ListKeys>) -> Result<Json<List<KeyObject>>, ApiError> {
+    require_project(&state.db, &project).await?;
+    let mut page = Page::first(query.limit.unwrap_or(20), query.order);
+    if let Some(id) = query.after {
+        let created_at = sqlx::query_scalar!("SELECT created_at FROM api_keys WHERE id = $1 AND project_id = $2", id, project).fetch_optional(&state.db).await?;
+        page = page.after(id, created_at)?;
+    }
+    let rows = sqlx::query!(
+        "SELECT id, name, scope, hint, created_at, revoked_at FROM api_keys
+         WHERE project_id = $1
+           AND ($2::timestamptz IS NULL OR CASE WHEN $4 THEN (created_at, id) > ($2, $3) ELSE (created_at, id) < ($2, $3) END)
+         ORDER BY CASE WHEN $4 THEN created_at END, CASE WHEN $4 THEN id END, created_at DESC, id DESC LIMIT $5",
+        project,
+        page.after,
+        page.after_id,
+        page.ascending,
+        page.fetch(),
+    )
+    .fetch_all(&state.db)
+    .await?;
+    let keys = rows.into_iter().map(|row| KeyObject {
+        id: row.id,
+        object: "project.key",
+        name: row.name,
+        scope: row.scope,
+        hint: row.hint,
+        created_at: row.created_at.unix_timestamp(),
+        revoked_at: row.revoked_at.map(OffsetDateTime::unix_timestamp),
+        key: None,
+    });
+    Ok(Json(List::of(keys.collect(), &page, |key| &key.id)))
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct DeletedKey {
+    id: String,
+    #[schema(examples("project.key.deleted"))]
+    object: &'static str,
+    deleted: bool,
+}
+
+/// Revoke a key
+///
+/// It stops working within two seconds. Revoking twice is revoking.
+#[utoipa::path(
+    delete, path = "/v1/projects/{project_id}/keys/{key_id}", operation_id = "delete_key", tag = "projects",
+    params(("project_id" = String, Path), ("key_id" = String, Path)),
+    responses((status = 200, description = "Revoked", body = DeletedKey))
+)]
+async fn delete_key(State(state): State<AppState>, _: Admin, Path((project, key)): Path<(String, String)>) -> Result<(StatusCode, Json<DeletedKey>), ApiError> {
+    let found = sqlx::query!("UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1 AND project_id = $2", key, project)
+        .execute(&state.db)
+        .await?;
+    if found.rows_affected() == 0 {
+        return Err(ApiError::not_found("key", &key));
+    }
+    state.keys.forget(&key);
+    Ok((StatusCode::OK, Json(DeletedKey { id: key, object: "project.key.deleted", deleted: true })))
+}
+
+async fn require_project(db: &PgPool, id: &str) -> Result<(), ApiError> {
+    let found = sqlx::query_scalar!("SELECT id FROM projects WHERE id = $1", id).fetch_optional(db).await?;
+    found.map(drop).ok_or_else(|| ApiError::not_found("project", id))
+}

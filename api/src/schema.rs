@@ -1,0 +1,306 @@
+//! Checks a body against the very schema that the OpenAPI document shows, then reads it.
+//!
+//! Bounds, enums, unknown fields and the shapes of tagged unions are stated once, in the
+//! `#[schema(…)]` attributes of a request's type. [`read`] refuses exactly what that schema refuses,
+//! with the full path of the offending field, which serde loses inside a tagged union. What a schema
+//! cannot express (fields that contradict one another) is its caller's to check.
+//!
+//! Only the keywords that utoipa writes are known: `type`, `enum`, `properties`, `required`,
+//! `additionalProperties`, `propertyNames`, `items`, `oneOf`, `allOf`, `$ref` and the bounds on
+//! numbers, strings, arrays and objects.
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use utoipa::ToSchema;
+
+/// What is wrong with a body, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// `hyperparameters.optimizer.betas[1]`; empty for the body itself.
+    pub param: String,
+    pub message: String,
+}
+
+impl Violation {
+    fn new(param: &str, message: impl Into<String>) -> Violation {
+        Violation { param: param.to_owned(), message: message.into() }
+    }
+}
+
+/// `body` as a `T`, or the first violation of `T`'s schema.
+pub fn read<T: ToSchema + DeserializeOwned>(body: Value) -> Result<T, Violation> {
+    Schema::of::<T>().check(&body)?;
+    deserialize(body)
+}
+
+/// Like [`read`], against a schema that refers to no other.
+pub fn read_as<T: DeserializeOwned>(schema: Value, body: Value) -> Result<T, Violation> {
+    Schema { root: schema, named: Map::new() }.check(&body)?;
+    deserialize(body)
+}
+
+fn deserialize<T: DeserializeOwned>(body: Value) -> Result<T, Violation> {
+    serde_path_to_error::deserialize(body).map_err(|error| {
+        let path = error.path().to_string();
+        Violation::new(if path == "." { "" } else { &path }, error.inner().to_string())
+    })
+}
+
+/// A type's schema with those it refers to.
+pub struct Schema {
+    root: Value,
+    named: Map<String, Value>,
+}
+
+impl Schema {
+    pub fn of<T: ToSchema>() -> Schema {
+        let mut referred = Vec::new();
+        T::schemas(&mut referred);
+        let json = |schema| serde_json::to_value(schema).unwrap_or(Value::Bool(true));
+        Schema {
+            root: json(&T::schema()),
+            named: referred.iter().map(|(name, schema)| (name.clone(), json(schema))).collect(),
+        }
+    }
+
+    pub fn check(&self, body: &Value) -> Result<(), Violation> {
+        self.check_at(&self.root, body, "")
+    }
+
+    fn resolve<'a>(&'a self, schema: &'a Value) -> &'a Value {
+        let name = schema["$ref"].as_str().and_then(|path| path.rsplit('/').next());
+        name.and_then(|name| self.named.get(name)).unwrap_or(schema)
+    }
+
+    fn check_at(&self, schema: &Value, value: &Value, at: &str) -> Result<(), Violation> {
+        let schema = self.resolve(schema);
+        for part in list(&schema["allOf"]) {
+            self.check_at(part, value, at)?;
+        }
+        if let Some(branches) = schema["oneOf"].as_array() {
+            self.check_branches(branches, value, at)?;
+        }
+        check_type(schema, value, at)?;
+        check_enum(schema, value, at)?;
+        match value {
+            Value::Number(number) => check_number(schema, number, at),
+            Value::String(text) => check_count(schema, text.chars().count(), ["minLength", "maxLength"], "characters", at),
+            Value::Array(items) => self.check_array(schema, items, at),
+            Value::Object(fields) => self.check_object(schema, fields, at),
+            Value::Null | Value::Bool(_) => Ok(()),
+        }
+    }
+
+    fn check_array(&self, schema: &Value, items: &[Value], at: &str) -> Result<(), Violation> {
+        check_count(schema, items.len(), ["minItems", "maxItems"], "items", at)?;
+        if schema["items"].is_object() {
+            for (index, item) in items.iter().enumerate() {
+                self.check_at(&schema["items"], item, &format!("{at}[{index}]"))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_object(&self, schema: &Value, fields: &Map<String, Value>, at: &str) -> Result<(), Violation> {
+        check_count(schema, fields.len(), ["minProperties", "maxProperties"], "fields", at)?;
+        let (known, others) = (&schema["properties"], &schema["additionalProperties"]);
+        for (name, field) in fields {
+            let path = join(at, name);
+            if schema["propertyNames"].is_object() {
+                self.check_at(&schema["propertyNames"], &Value::String(name.clone()), &path)?;
+            }
+            match known.get(name) {
+                Some(field_schema) => self.check_at(field_schema, field, &path)?,
+                None if others == &Value::Bool(false) => {
+                    let names = known.as_object().map(|known| known.keys().map(String::as_str).collect::<Vec<_>>().join(", "));
+                    return Err(Violation::new(&path, format!("There is no field `{path}` here; known are: {}.", names.unwrap_or_default())));
+                }
+                None if others.is_object() => self.check_at(others, field, &path)?,
+                None => {}
+            }
+        }
+        match list(&schema["required"]).filter_map(Value::as_str).find(|name| !fields.contains_key(*name)) {
+            Some(name) => Err(Violation::new(&join(at, name), format!("`{}` is required.", join(at, name)))),
+            None => Ok(()),
+        }
+    }
+
+    /// Of a union's branches, the one that the value's tags choose says what is wrong.
+    fn check_branches(&self, branches: &[Value], value: &Value, at: &str) -> Result<(), Violation> {
+        let mut refusals = Vec::new();
+        for branch in branches {
+            match self.check_at(branch, value, at) {
+                Ok(()) => return Ok(()),
+                Err(violation) => refusals.push((self.likeness(branch, value), violation)),
+            }
+        }
+        // The first of the most alike, so that the order in the type settles ties.
+        let best = refusals.into_iter().rev().max_by_key(|(likeness, _)| *likeness);
+        Err(best.map_or_else(|| Violation::new(at, "No form of this field fits."), |(_, violation)| violation))
+    }
+
+    /// How much a value looks meant for a branch: its type, then tags that agree (two levels deep,
+    /// as in `method.type`), then fields that the branch knows.
+    fn likeness(&self, branch: &Value, value: &Value) -> i64 {
+        let branch = self.resolve(branch);
+        if check_type(branch, value, "").is_err() {
+            return -1000;
+        }
+        let Value::Object(fields) = value else { return if branch["type"] == "null" { -1000 } else { 0 } };
+        let parts: Vec<&Value> = std::iter::once(branch).chain(list(&branch["allOf"]).map(|part| self.resolve(part))).collect();
+        let mut likeness = 0;
+        for (name, field) in fields {
+            let Some(schema) = parts.iter().find_map(|part| part["properties"].get(name)) else {
+                likeness -= 1;
+                continue;
+            };
+            let schema = self.resolve(schema);
+            likeness += 1;
+            if schema["enum"].is_array() {
+                likeness += if check_enum(schema, field, "").is_ok() { 100 } else { -100 };
+            } else if let Some(tag) = field.get("type") {
+                let tag_schema = self.resolve(&schema["properties"]["type"]);
+                likeness += if tag_schema["enum"].is_array() && check_enum(tag_schema, tag, "").is_ok() { 100 } else { 0 };
+            }
+        }
+        likeness
+    }
+}
+
+fn list(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().into_iter().flatten()
+}
+
+fn join(at: &str, name: &str) -> String {
+    if at.is_empty() { name.to_owned() } else { format!("{at}.{name}") }
+}
+
+/// The body or the field, as the start of a sentence.
+fn subject(at: &str) -> String {
+    if at.is_empty() { "The body".to_owned() } else { format!("`{at}`") }
+}
+
+fn check_type(schema: &Value, value: &Value, at: &str) -> Result<(), Violation> {
+    let types: Vec<&str> = match &schema["type"] {
+        Value::String(one) => vec![one],
+        several => list(several).filter_map(Value::as_str).collect(),
+    };
+    let fits = |name: &&str| match *name {
+        "null" => value.is_null(),
+        "boolean" => value.is_boolean(),
+        "integer" => value.is_u64() || value.is_i64(),
+        "number" => value.is_number(),
+        "string" => value.is_string(),
+        "array" => value.is_array(),
+        "object" => value.is_object(),
+        _ => true,
+    };
+    if types.is_empty() || types.iter().any(fits) {
+        return Ok(());
+    }
+    let found = match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    };
+    Err(Violation::new(at, format!("{} must be of type {}, not {found}.", subject(at), types.join(" or "))))
+}
+
+fn check_enum(schema: &Value, value: &Value, at: &str) -> Result<(), Violation> {
+    match schema["enum"].as_array() {
+        Some(values) if !values.contains(value) => {
+            let values = values.iter().map(Value::to_string).collect::<Vec<_>>().join(", ");
+            Err(Violation::new(at, format!("{} must be one of {values}.", subject(at))))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn check_number(schema: &Value, number: &serde_json::Number, at: &str) -> Result<(), Violation> {
+    let value = number.as_f64().unwrap_or(f64::NAN);
+    let bound = |keyword: &str| schema[keyword].as_f64();
+    let (minimum, above) = (bound("minimum"), bound("exclusiveMinimum"));
+    let (maximum, below) = (bound("maximum"), bound("exclusiveMaximum"));
+    let low = minimum.is_some_and(|minimum| value < minimum) || above.is_some_and(|above| value <= above);
+    let high = maximum.is_some_and(|maximum| value > maximum) || below.is_some_and(|below| value >= below);
+    if !low && !high {
+        return Ok(());
+    }
+    let limits = [(minimum, "at least"), (above, "above"), (maximum, "at most"), (below, "below")];
+    let limits = limits.iter().filter_map(|(limit, words)| limit.map(|limit| format!("{words} {limit}"))).collect::<Vec<_>>();
+    Err(Violation::new(at, format!("{} must be {}, not {number}.", subject(at), limits.join(" and "))))
+}
+
+fn check_count(schema: &Value, count: usize, [min, max]: [&str; 2], unit: &str, at: &str) -> Result<(), Violation> {
+    let (min, max) = (schema[min].as_u64(), schema[max].as_u64());
+    let count = count as u64;
+    if min.is_some_and(|min| count < min) || max.is_some_and(|max| count > max) {
+        let limits = [min.map(|min| format!("at least {min}")), max.map(|max| format!("at most {max}"))];
+        let limits = limits.into_iter().flatten().collect::<Vec<_>>().join(" and ");
+        return Err(Violation::new(at, format!("{} must have {limits} {unit}, not {count}.", subject(at))));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+    use serde_json::json;
+
+    use super::*;
+
+    #[derive(Debug, PartialEq, Deserialize, ToSchema)]
+    #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+    enum Shape {
+        Circle {
+            #[schema(minimum = 1, maximum = 9)]
+            radius: f64,
+        },
+        Square {
+            #[schema(min_items = 1)]
+            sides: Vec<u64>,
+            name: Option<String>,
+        },
+    }
+
+    #[derive(Debug, Deserialize, ToSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Drawing {
+        #[schema(max_items = 2)]
+        shapes: Vec<Shape>,
+        #[schema(min_length = 1, max_length = 4)]
+        title: Option<String>,
+    }
+
+    fn refusal(body: Value) -> (String, String) {
+        let violation = read::<Drawing>(body).unwrap_err();
+        (violation.param, violation.message)
+    }
+
+    #[test]
+    fn a_valid_body_is_read() {
+        let drawing = read::<Drawing>(json!({"shapes": [{"type": "square", "sides": [1], "name": null}], "title": null})).unwrap();
+        assert_eq!(drawing.shapes, [Shape::Square { sides: vec![1], name: None }]);
+    }
+
+    #[test]
+    fn paths_reach_into_tagged_unions() {
+        assert_eq!(refusal(json!({"shapes": [{"type": "circle", "radius": 10}]})).0, "shapes[0].radius");
+        assert_eq!(refusal(json!({"shapes": [{"type": "square", "sides": [1, -1]}]})).0, "shapes[0].sides[1]");
+        assert_eq!(refusal(json!({"shapes": [{"type": "square", "sides": [1], "radius": 2}]})).0, "shapes[0].radius");
+        assert_eq!(refusal(json!({"shapes": [{"type": "square"}]})).0, "shapes[0].sides");
+        assert_eq!(refusal(json!({"shapes": [{"type": "cube"}]})).0, "shapes[0].type");
+    }
+
+    #[test]
+    fn bounds_unknown_fields_and_types() {
+        assert_eq!(refusal(json!({"shapes": [], "colour": 1})).0, "colour");
+        assert_eq!(refusal(json!({"shapes": [], "title": "titles"})).0, "title");
+        assert_eq!(refusal(json!({"shapes": {}})).1, "`shapes` must be of type array, not an object.");
+        assert_eq!(refusal(json!({})).1, "`shapes` is required.");
+        assert_eq!(refusal(json!([])), (String::new(), "The body must be of type object, not an array.".to_owned()));
+    }
+}

@@ -1,0 +1,91 @@
+//! What every handler shares. Cheap to clone; holds no request's state.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use axum::http::{HeaderValue, Method, StatusCode};
+use lathe_jobs::artifacts::Artifacts;
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+
+use crate::auth::KeyCache;
+
+/// The API's limits and switches, each a flag of `lathe api`.
+#[derive(Clone, Debug)]
+pub struct ApiConfig {
+    /// Bytes of an uploaded file.
+    pub file_limit: u64,
+    /// Bytes of one part of an upload.
+    pub part_limit: u64,
+    /// Origins that browsers may call from; none: no CORS headers at all.
+    pub cors_origins: Vec<HeaderValue>,
+    /// A token of its own for `/metrics`, besides admin keys.
+    pub metrics_token: Option<String>,
+    /// Free bytes of the artifacts' file system below which `/readyz` fails.
+    pub disk_low_bytes: u64,
+    /// Time in which a request's head must arrive.
+    pub header_timeout: Duration,
+    /// Time in which a body must bring its next bytes.
+    pub idle_body_timeout: Duration,
+    /// Time that open requests get to end at shutdown.
+    pub shutdown_grace: Duration,
+}
+
+impl Default for ApiConfig {
+    fn default() -> Self {
+        ApiConfig {
+            file_limit: 8 << 30,
+            part_limit: 64 << 20,
+            cors_origins: Vec::new(),
+            metrics_token: None,
+            disk_low_bytes: 1 << 30,
+            header_timeout: Duration::from_secs(10),
+            idle_body_timeout: Duration::from_secs(60),
+            shutdown_grace: Duration::from_secs(5),
+        }
+    }
+}
+
+#[derive(Clone)]
+pub struct AppState {
+    pub db: PgPool,
+    pub artifacts: Artifacts,
+    pub config: Arc<ApiConfig>,
+    pub http: reqwest::Client,
+    pub keys: Arc<KeyCache>,
+    pub requests: Arc<RequestCounts>,
+    /// Cancelled when the server stops: streams end themselves, new requests are not taken.
+    pub shutdown: CancellationToken,
+}
+
+impl AppState {
+    pub fn new(db: PgPool, artifacts: Artifacts, config: ApiConfig) -> AppState {
+        AppState {
+            db,
+            artifacts,
+            config: Arc::new(config),
+            http: reqwest::Client::new(),
+            keys: Arc::default(),
+            requests: Arc::default(),
+            shutdown: CancellationToken::new(),
+        }
+    }
+}
+
+/// Answers by method, route (as written in the document, not as asked for) and status.
+#[derive(Debug, Default)]
+pub struct RequestCounts(Mutex<BTreeMap<(String, String, u16), u64>>);
+
+impl RequestCounts {
+    pub fn add(&self, method: &Method, route: &str, status: StatusCode) {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *counts.entry((method.to_string(), route.to_owned(), status.as_u16())).or_default() += 1;
+    }
+
+    pub fn snapshot(&self) -> BTreeMap<(String, String, u16), u64> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
