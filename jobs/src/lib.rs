@@ -19,9 +19,15 @@
 //! Nothing here speaks HTTP, and nothing here touches a tensor.
 
 pub mod artifacts;
+pub mod checkpoints;
 pub mod events;
 pub mod ids;
+pub mod lease;
+pub mod metrics;
+pub mod publish;
 pub mod queue;
+pub mod reaper;
+pub mod replicas;
 pub mod run;
 pub mod settle;
 pub mod spec;

@@ -1,0 +1,402 @@
+//! Taking work and ending it, under a lease.
+//!
+//! A claim is one short transaction that makes an attempt with a fresh random token. From then on
+//! every write names the token and takes effect only while that attempt has not ended; otherwise it
+//! is [`LeaseError::Lost`] and the work must stop. No row stays locked while a job runs. An attempt
+//! whose time has run out keeps its lease until a reaper has ended it, so a runner that was cut off
+//! from the database goes on when it is back unless someone has decided otherwise.
+
+use lathe_model::protocol::{Failure, FailureCode, Level};
+use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection};
+
+use crate::{
+    artifacts::{ArtifactError, Artifacts},
+    events, ids,
+    publish::{self, Product},
+    queue, settle,
+    state::{JobState, Kind, Outcome, Pool},
+};
+
+/// Losses running from which on each counts as a failure: a job that takes its host down must end.
+const LOSSES_FORGIVEN: i64 = 4;
+
+/// The right to write about one attempt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lease {
+    pub job_id: String,
+    pub attempt: i32,
+    pub token: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum LeaseError {
+    #[error("the lease is lost")]
+    Lost,
+    #[error(transparent)]
+    Artifact(#[from] ArtifactError),
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
+/// Who claims, and what is free there.
+#[derive(Clone, Debug)]
+pub struct Claimant {
+    pub runner_id: String,
+    pub pool: Pool,
+    /// Devices that are free; a job that states more is left for another runner.
+    pub devices: i32,
+    /// What the rank will run on, for its row.
+    pub offered: Value,
+    pub lease_seconds: f64,
+}
+
+/// A job as its runner needs it.
+#[derive(Clone, Debug)]
+pub struct Claimed {
+    pub lease: Lease,
+    pub kind: Kind,
+    /// A [`crate::spec::Spec`], perhaps of a later version than this one reads.
+    pub spec: Value,
+    pub dataset_id: Option<String>,
+    pub validation_dataset_id: Option<String>,
+    pub tokenizer_id: Option<String>,
+    pub base_model_id: Option<String>,
+    pub model_id: Option<String>,
+}
+
+/// Takes the job that is next: the highest priority, then the longest queued.
+pub async fn claim(conn: &mut PgConnection, claimant: &Claimant) -> Result<Option<Claimed>, sqlx::Error> {
+    let mut tx = conn.begin().await?;
+    let Some(row) = sqlx::query!(
+        r#"WITH next AS (
+               SELECT id FROM jobs
+               WHERE state = 'queued' AND pool = $1 AND devices <= $2 AND run_after <= now()
+               ORDER BY priority DESC, queued_at, id FOR UPDATE SKIP LOCKED LIMIT 1
+           )
+           UPDATE jobs SET state = 'running', attempt = attempt + 1, started_at = coalesce(started_at, now()), phase = 'preparing'
+           FROM next WHERE jobs.id = next.id AND state = 'queued'
+           RETURNING jobs.id, attempt, kind AS "kind: Kind", spec, dataset_id, validation_dataset_id, tokenizer_id, base_model_id, model_id"#,
+        claimant.pool.as_str(),
+        claimant.devices,
+    )
+    .fetch_optional(&mut *tx)
+    .await?
+    else {
+        return Ok(None);
+    };
+    let lease = Lease { job_id: row.id, attempt: row.attempt, token: ids::secret() };
+    sqlx::query!(
+        "INSERT INTO job_attempts (job_id, n, runner_id, lease_token, expires_at) VALUES ($1, $2, $3, $4, now() + make_interval(secs => $5))",
+        lease.job_id,
+        lease.attempt,
+        claimant.runner_id,
+        lease.token,
+        claimant.lease_seconds,
+    )
+    .execute(&mut *tx)
+    .await?;
+    sqlx::query!(
+        "INSERT INTO attempt_ranks (job_id, attempt, rank, runner_id, devices, state) VALUES ($1, $2, 0, $3, $4, 'starting')",
+        lease.job_id,
+        lease.attempt,
+        claimant.runner_id,
+        claimant.offered,
+    )
+    .execute(&mut *tx)
+    .await?;
+    settle::start_resources(&mut tx, &lease.job_id).await?;
+    let data = json!({ "attempt": lease.attempt, "runner": claimant.runner_id });
+    let message = format!("Attempt {} has begun.", lease.attempt);
+    events::append(&mut tx, &lease.job_id, Level::Info, "job.started", &message, &data).await?;
+    tx.commit().await?;
+    Ok(Some(Claimed {
+        lease,
+        kind: row.kind,
+        spec: row.spec,
+        dataset_id: row.dataset_id,
+        validation_dataset_id: row.validation_dataset_id,
+        tokenizer_id: row.tokenizer_id,
+        base_model_id: row.base_model_id,
+        model_id: row.model_id,
+    }))
+}
+
+/// Renews the lease and says where the job stands, so that a control change is seen even if its
+/// notification was not.
+pub async fn heartbeat(conn: &mut PgConnection, lease: &Lease, lease_seconds: f64, step: i64) -> Result<JobState, LeaseError> {
+    sqlx::query_scalar!(
+        r#"WITH beat AS (
+               UPDATE job_attempts SET expires_at = now() + make_interval(secs => $2)
+               WHERE lease_token = $1 AND ended_at IS NULL RETURNING job_id, n
+           ), rank AS (
+               UPDATE attempt_ranks r SET heartbeat = now(), step = $3, state = 'running'
+               FROM beat WHERE r.job_id = beat.job_id AND r.attempt = beat.n AND r.rank = 0
+           )
+           SELECT state AS "state: JobState" FROM jobs JOIN beat ON beat.job_id = jobs.id"#,
+        lease.token,
+        lease_seconds,
+        step,
+    )
+    .fetch_optional(conn)
+    .await?
+    .ok_or(LeaseError::Lost)
+}
+
+/// Holds the attempt unended until the transaction ends; every fenced write begins with this.
+pub async fn fence(tx: &mut PgConnection, lease: &Lease) -> Result<(), LeaseError> {
+    sqlx::query_scalar!(r#"SELECT n FROM job_attempts WHERE lease_token = $1 AND ended_at IS NULL FOR SHARE"#, lease.token)
+        .fetch_optional(tx)
+        .await?
+        .map(drop)
+        .ok_or(LeaseError::Lost)
+}
+
+/// How an attempt came to its end.
+#[derive(Debug)]
+pub enum Ending {
+    /// The worker is done; the product is published as a part of ending the job.
+    Succeeded(Product),
+    /// The worker stopped because it was asked to.
+    Stopped,
+    /// The runner is to stop.
+    Interrupted,
+    Failed(Failure),
+    /// Nobody has renewed the lease.
+    Lost,
+}
+
+/// What an ending means for a job that stands in some state.
+#[derive(Debug, PartialEq)]
+struct Settlement {
+    state: JobState,
+    outcome: Outcome,
+    counts: bool,
+    failure: Option<Failure>,
+}
+
+/// Where a leased job goes. `failures` counts those before this attempt, `losses` the losses running.
+fn settle_state(from: JobState, ending: &Ending, failures: i32, max_attempts: i32, losses: i64) -> Settlement {
+    let outcome = match ending {
+        Ending::Succeeded(_) => Outcome::Succeeded,
+        Ending::Stopped if from == JobState::Pausing => Outcome::Paused,
+        Ending::Stopped | Ending::Interrupted => Outcome::Interrupted,
+        Ending::Failed(_) => Outcome::Failed,
+        Ending::Lost => Outcome::Lost,
+    };
+    if from == JobState::Cancelling {
+        let outcome = if outcome == Outcome::Lost { outcome } else { Outcome::Cancelled };
+        return Settlement { state: JobState::Cancelled, outcome, counts: false, failure: None };
+    }
+    let again = if from == JobState::Pausing { JobState::Paused } else { JobState::Queued };
+    let failure = match ending {
+        Ending::Succeeded(_) => return Settlement { state: JobState::Succeeded, outcome, counts: false, failure: None },
+        Ending::Failed(failure) => failure.clone(),
+        Ending::Lost if losses >= LOSSES_FORGIVEN => Failure {
+            code: FailureCode::WorkerCrashed,
+            message: format!("The runner was lost {} times in a row while it ran this job.", losses + 1),
+            param: None,
+            retryable: true,
+        },
+        Ending::Stopped | Ending::Interrupted | Ending::Lost => return Settlement { state: again, outcome, counts: false, failure: None },
+    };
+    if !failure.retryable {
+        return Settlement { state: JobState::Failed, outcome, counts: true, failure: Some(failure) };
+    }
+    if failures + 1 < max_attempts {
+        return Settlement { state: again, outcome, counts: true, failure: Some(failure) };
+    }
+    let exhausted = Failure {
+        code: FailureCode::AttemptsExhausted,
+        message: format!("{} attempts failed. The last one: {}", failures + 1, failure.message),
+        param: failure.param,
+        retryable: false,
+    };
+    Settlement { state: JobState::Failed, outcome, counts: true, failure: Some(exhausted) }
+}
+
+/// Seconds before the attempt that follows a failure: 1, 4, 16 …, at most 5 minutes.
+fn back_off(failures: i32) -> f64 {
+    4f64.powi(failures.clamp(1, 6) - 1).min(300.0)
+}
+
+/// Ends the attempt and moves its job on: publishes what a success made, retries or fails, and lets
+/// dependants follow. All of it takes effect or none; repeated after a lost answer it is
+/// [`LeaseError::Lost`], which then means that it is done.
+pub async fn finish(conn: &mut PgConnection, artifacts: &Artifacts, lease: &Lease, ending: Ending) -> Result<JobState, LeaseError> {
+    let mut tx = conn.begin().await?;
+    let live = sqlx::query_scalar!("SELECT n FROM job_attempts WHERE lease_token = $1 AND ended_at IS NULL FOR UPDATE", lease.token)
+        .fetch_optional(&mut *tx)
+        .await?;
+    if live.is_none() {
+        return Err(LeaseError::Lost);
+    }
+    let state = end(&mut tx, artifacts, lease, ending).await?;
+    tx.commit().await?;
+    Ok(state)
+}
+
+/// Ends one attempt whose lease has run out, whoever held it, and says which.
+pub async fn reap_one(conn: &mut PgConnection, artifacts: &Artifacts) -> Result<Option<(Lease, JobState)>, LeaseError> {
+    let mut tx = conn.begin().await?;
+    let Some(expired) = sqlx::query!(
+        "SELECT job_id, n, lease_token FROM job_attempts WHERE ended_at IS NULL AND expires_at < now()
+         ORDER BY expires_at FOR UPDATE SKIP LOCKED LIMIT 1"
+    )
+    .fetch_optional(&mut *tx)
+    .await?
+    else {
+        return Ok(None);
+    };
+    let lease = Lease { job_id: expired.job_id, attempt: expired.n, token: expired.lease_token };
+    let state = end(&mut tx, artifacts, &lease, Ending::Lost).await?;
+    tx.commit().await?;
+    Ok(Some((lease, state)))
+}
+
+/// The transaction's body: the caller has locked the attempt.
+async fn end(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Lease, ending: Ending) -> Result<JobState, LeaseError> {
+    let job = sqlx::query!(
+        r#"SELECT state AS "state: JobState", failures, max_attempts FROM jobs WHERE id = $1 FOR UPDATE"#,
+        lease.job_id
+    )
+    .fetch_one(&mut *tx)
+    .await?;
+    let losses = match ending {
+        Ending::Lost => losses_running(tx, lease).await?,
+        _ => 0,
+    };
+    let settled = settle_state(job.state, &ending, job.failures, job.max_attempts, losses);
+    debug_assert!(job.state.can_become(settled.state), "{} → {}", job.state, settled.state);
+    if let (Ending::Succeeded(product), JobState::Succeeded) = (&ending, settled.state) {
+        publish::register(tx, artifacts, lease, product).await?;
+    }
+    sqlx::query!(
+        "UPDATE job_attempts SET ended_at = now(), outcome = $2 WHERE lease_token = $1 AND ended_at IS NULL",
+        lease.token,
+        settled.outcome.as_str()
+    )
+    .execute(&mut *tx)
+    .await?;
+    sqlx::query!("UPDATE attempt_ranks SET state = 'ended' WHERE job_id = $1 AND attempt = $2", lease.job_id, lease.attempt)
+        .execute(&mut *tx)
+        .await?;
+    let failures = job.failures + i32::from(settled.counts);
+    let wait = if settled.counts { back_off(failures) } else { 0.0 };
+    let error = settled.failure.as_ref().filter(|_| settled.state == JobState::Failed).map(settle::error_of);
+    let moved = sqlx::query!(
+        "UPDATE jobs SET state = $3, failures = $4, error = $5, phase = NULL,
+             finished_at = CASE WHEN $3 IN ('cancelled', 'succeeded', 'failed') THEN now() END,
+             queued_at = CASE WHEN $3 = 'queued' THEN now() ELSE queued_at END,
+             run_after = CASE WHEN $3 = 'queued' THEN now() + make_interval(secs => $6) ELSE run_after END
+         WHERE id = $1 AND state = $2",
+        lease.job_id,
+        job.state.as_str(),
+        settled.state.as_str(),
+        failures,
+        error,
+        wait,
+    )
+    .execute(&mut *tx)
+    .await?;
+    if moved.rows_affected() != 1 {
+        return Err(LeaseError::Lost);
+    }
+    follow(tx, lease, &settled, wait).await?;
+    Ok(settled.state)
+}
+
+/// Everything that an end of an attempt means to others: resources, dependants, events, runners.
+async fn follow(tx: &mut PgConnection, lease: &Lease, settled: &Settlement, wait: f64) -> Result<(), sqlx::Error> {
+    match settled.state {
+        JobState::Succeeded => settle::release_dependants(tx, &lease.job_id).await?,
+        JobState::Failed => {
+            if let Some(failure) = &settled.failure {
+                settle::fail_resources(tx, &lease.job_id, failure).await?;
+            }
+            settle::fail_dependants(tx, &lease.job_id).await?;
+        }
+        JobState::Cancelled => {
+            settle::fail_resources(tx, &lease.job_id, &settle::cancelled()).await?;
+            settle::fail_dependants(tx, &lease.job_id).await?;
+        }
+        _ => {}
+    }
+    let data = json!({ "attempt": lease.attempt, "outcome": settled.outcome });
+    let (level, code, message) = describe(settled, wait);
+    events::append(tx, &lease.job_id, level, code, &message, &data).await?;
+    queue::notify(tx, &lease.job_id).await
+}
+
+fn describe(settled: &Settlement, wait: f64) -> (Level, &'static str, String) {
+    let reason = settled.failure.as_ref().map_or("", |failure| failure.message.as_str());
+    match (settled.state, settled.outcome) {
+        (JobState::Succeeded, _) => (Level::Info, "job.succeeded", "The job has succeeded.".into()),
+        (JobState::Failed, _) => (Level::Error, "job.failed", reason.into()),
+        (JobState::Cancelled, _) => (Level::Info, "job.cancelled", "The job was cancelled.".into()),
+        (JobState::Paused, _) => (Level::Info, "job.paused", format!("The job is paused. {reason}").trim_end().into()),
+        (_, Outcome::Failed) => (Level::Warn, "job.retrying", format!("The attempt failed and is repeated in {wait} seconds: {reason}")),
+        (_, Outcome::Lost) => (Level::Warn, "job.lost", "The runner was lost; the job goes on from its newest checkpoint.".into()),
+        _ => (Level::Info, "job.interrupted", "The runner is stopping; the job goes on from its newest checkpoint.".into()),
+    }
+}
+
+/// Attempts lost one after another, up to the one before this.
+async fn losses_running(tx: &mut PgConnection, lease: &Lease) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar!(
+        r#"SELECT count(*) AS "losses!" FROM job_attempts
+           WHERE job_id = $1 AND outcome = 'lost'
+             AND n > coalesce((SELECT max(n) FROM job_attempts WHERE job_id = $1 AND outcome <> 'lost'), 0)"#,
+        lease.job_id
+    )
+    .fetch_one(tx)
+    .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failed(retryable: bool) -> Ending {
+        Ending::Failed(Failure { code: FailureCode::WorkerCrashed, message: "killed by signal 9".into(), param: None, retryable })
+    }
+
+    fn endings() -> Vec<Ending> {
+        let product = Product::Statistics { statistics: Value::Null };
+        vec![Ending::Succeeded(product), Ending::Stopped, Ending::Interrupted, failed(true), failed(false), Ending::Lost]
+    }
+
+    #[test]
+    fn every_ending_of_every_leased_state_is_a_legal_transition() {
+        for from in JobState::ALL.iter().filter(|state| state.is_leased()) {
+            for ending in endings() {
+                for (failures, losses) in [(0, 0), (2, 0), (0, 9), (2, 9)] {
+                    let settled = settle_state(*from, &ending, failures, 3, losses);
+                    assert!(from.can_become(settled.state), "{from} → {} by {ending:?}", settled.state);
+                    assert!(settled.state != JobState::Failed || settled.failure.is_some());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn failures_count_and_interruptions_do_not() {
+        let retried = settle_state(JobState::Running, &failed(true), 1, 3, 0);
+        assert_eq!((retried.state, retried.counts), (JobState::Queued, true));
+        let exhausted = settle_state(JobState::Running, &failed(true), 2, 3, 0);
+        let failure = exhausted.failure.expect("it failed");
+        assert_eq!((exhausted.state, failure.code), (JobState::Failed, FailureCode::AttemptsExhausted));
+        assert!(failure.message.contains("killed by signal 9"));
+        for ending in [Ending::Interrupted, Ending::Lost] {
+            let settled = settle_state(JobState::Running, &ending, 2, 3, 3);
+            assert_eq!((settled.state, settled.counts), (JobState::Queued, false));
+        }
+        assert!(settle_state(JobState::Running, &Ending::Lost, 0, 3, 4).counts);
+        assert_eq!(settle_state(JobState::Running, &failed(false), 0, 3, 0).state, JobState::Failed);
+    }
+
+    #[test]
+    fn back_off_grows_to_five_minutes() {
+        assert_eq!([1, 2, 3, 4, 5, 6, 99].map(back_off), [1.0, 4.0, 16.0, 64.0, 256.0, 300.0, 300.0]);
+    }
+}

@@ -1,0 +1,187 @@
+//! What a worker reports while it runs, written about once a second: metrics, progress, events.
+//!
+//! One fenced transaction a batch, never one insert a step. Metrics are upserted by (job, step), so a
+//! resumed attempt writes over the steps that it repeats. A batch that was not acknowledged may be
+//! written twice, except for its events: they go last and once, in the same transaction.
+
+use std::collections::BTreeMap;
+
+use lathe_model::{
+    config::{JobSpec, Schedule},
+    protocol::{Level, MetricRow, Numerics, Phase},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sqlx::{Connection, PgConnection};
+
+use crate::{
+    events,
+    lease::{self, Lease, LeaseError},
+    spec::Spec,
+};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Event {
+    pub level: Level,
+    pub code: String,
+    pub message: String,
+    pub data: Value,
+}
+
+/// Reports that wait to be written.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Batch {
+    /// By step; a later report of a step replaces an earlier one but keeps its validation loss.
+    pub rows: BTreeMap<u64, MetricRow>,
+    pub events: Vec<Event>,
+    pub step: Option<u64>,
+    pub phase: Option<Phase>,
+}
+
+impl Batch {
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty() && self.events.is_empty() && self.step.is_none() && self.phase.is_none()
+    }
+
+    pub fn metric(&mut self, row: MetricRow) {
+        self.step = Some(row.step);
+        let kept = self.rows.get(&row.step).and_then(|earlier| earlier.validation_loss);
+        let validation_loss = row.validation_loss.or(kept);
+        self.rows.insert(row.step, MetricRow { validation_loss, ..row });
+    }
+
+    /// Adds what came after this batch.
+    pub fn append(&mut self, later: Batch) {
+        later.rows.into_values().for_each(|row| self.metric(row));
+        self.events.extend(later.events);
+        self.step = later.step.or(self.step);
+        self.phase = later.phase.or(self.phase);
+    }
+}
+
+/// Writes a batch under the lease.
+pub async fn record(conn: &mut PgConnection, lease: &Lease, batch: &Batch) -> Result<(), LeaseError> {
+    let mut tx = conn.begin().await?;
+    lease::fence(&mut tx, lease).await?;
+    upsert(&mut tx, &lease.job_id, &batch.rows).await?;
+    let last = batch.rows.values().next_back();
+    sqlx::query!(
+        "UPDATE jobs SET step = coalesce($2, step), loss = coalesce($3, loss), tokens_per_second = coalesce($4, tokens_per_second),
+             phase = CASE WHEN state = 'running' THEN coalesce($5, phase) ELSE phase END,
+             first_step_at = CASE WHEN $2 > 0 THEN coalesce(first_step_at, now()) ELSE first_step_at END
+         WHERE id = $1",
+        lease.job_id,
+        batch.step.map(signed),
+        last.map(|row| row.loss),
+        last.map(|row| row.tokens_per_second),
+        batch.phase.map(phase_name),
+    )
+    .execute(&mut *tx)
+    .await?;
+    for event in &batch.events {
+        events::append(&mut tx, &lease.job_id, event.level, &event.code, &event.message, &event.data).await?;
+    }
+    events::wake(&mut tx, &lease.job_id).await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+async fn upsert(tx: &mut PgConnection, job_id: &str, rows: &BTreeMap<u64, MetricRow>) -> Result<(), sqlx::Error> {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    fn column<T>(rows: &BTreeMap<u64, MetricRow>, value: impl Fn(&MetricRow) -> T) -> Vec<T> {
+        rows.values().map(value).collect()
+    }
+    sqlx::query!(
+        "INSERT INTO job_metrics (job_id, step, loss, learning_rate, grad_norm, tokens, tokens_per_second, validation_loss)
+         SELECT $1, * FROM unnest($2::bigint[], $3::float8[], $4::float8[], $5::float8[], $6::bigint[], $7::float8[], $8::float8[])
+         ON CONFLICT (job_id, step) DO UPDATE SET loss = excluded.loss, learning_rate = excluded.learning_rate,
+             grad_norm = excluded.grad_norm, tokens = excluded.tokens, tokens_per_second = excluded.tokens_per_second,
+             validation_loss = coalesce(excluded.validation_loss, job_metrics.validation_loss)",
+        job_id,
+        &column(rows, |row| signed(row.step)),
+        &column(rows, |row| row.loss),
+        &column(rows, |row| row.learning_rate),
+        &column(rows, |row| row.grad_norm),
+        &column(rows, |row| signed(row.tokens)),
+        &column(rows, |row| row.tokens_per_second),
+        &column(rows, |row| row.validation_loss) as &[Option<f64>],
+    )
+    .execute(tx)
+    .await
+    .map(drop)
+}
+
+/// Notes what the attempt's bits depend on.
+pub async fn started(conn: &mut PgConnection, lease: &Lease, numerics: &Numerics) -> Result<(), LeaseError> {
+    let numerics = serde_json::to_value(numerics).unwrap_or_default();
+    let noted = sqlx::query!("UPDATE job_attempts SET numerics = $2 WHERE lease_token = $1 AND ended_at IS NULL", lease.token, numerics)
+        .execute(conn)
+        .await?;
+    if noted.rows_affected() == 1 { Ok(()) } else { Err(LeaseError::Lost) }
+}
+
+/// Writes what the first attempt found for the open fields of a training job's spec; a spec with no
+/// open field stays as it is.
+pub async fn resolved(conn: &mut PgConnection, lease: &Lease, found: &JobSpec) -> Result<(), LeaseError> {
+    let mut tx = conn.begin().await?;
+    lease::fence(&mut tx, lease).await?;
+    let column = sqlx::query_scalar!("SELECT spec FROM jobs WHERE id = $1 FOR UPDATE", lease.job_id).fetch_one(&mut *tx).await?;
+    if let Ok(Spec::Train(spec)) = serde_json::from_value::<Spec>(column)
+        && is_open(&spec)
+    {
+        let spec = serde_json::to_value(Spec::Train(found.clone())).unwrap_or_default();
+        sqlx::query!("UPDATE jobs SET spec = $2 WHERE id = $1", lease.job_id, spec).execute(&mut *tx).await?;
+        let config = serde_json::to_value(&found.model).unwrap_or_default();
+        sqlx::query!("UPDATE models SET config = $2 WHERE job_id = $1", lease.job_id, config).execute(&mut *tx).await?;
+    }
+    sqlx::query!("UPDATE jobs SET steps = $2 WHERE id = $1 AND steps IS DISTINCT FROM $2", lease.job_id, found.train.steps.map(signed))
+        .execute(&mut *tx)
+        .await?;
+    events::wake(&mut tx, &lease.job_id).await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// Whether `preparing` has something to decide.
+fn is_open(spec: &JobSpec) -> bool {
+    let (Schedule::Cosine { warmup_steps, .. } | Schedule::Linear { warmup_steps, .. } | Schedule::Constant { warmup_steps, .. }) =
+        &spec.train.schedule;
+    let train = &spec.train;
+    train.steps.is_none() || train.micro_batch_size.is_none() || train.precision.is_none() || warmup_steps.is_none() || spec.model.vocabulary == 0
+}
+
+fn phase_name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Preparing => "preparing",
+        Phase::Training => "training",
+        Phase::Evaluating => "evaluating",
+        Phase::Publishing => "publishing",
+    }
+}
+
+fn signed(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(step: u64, loss: f64, validation_loss: Option<f64>) -> MetricRow {
+        MetricRow { step, loss, learning_rate: 1e-3, grad_norm: 1.0, tokens: 8, tokens_per_second: 100.0, validation_loss }
+    }
+
+    #[test]
+    fn a_batch_keeps_one_row_a_step() {
+        let mut batch = Batch::default();
+        batch.metric(row(1, 3.0, Some(2.5)));
+        let mut later = Batch::default();
+        later.metric(row(1, 2.9, None));
+        later.metric(row(2, 2.8, None));
+        batch.append(later);
+        assert_eq!(batch.rows.values().cloned().collect::<Vec<_>>(), [row(1, 2.9, Some(2.5)), row(2, 2.8, None)]);
+        assert_eq!(batch.step, Some(2));
+    }
+}

@@ -1,0 +1,102 @@
+//! From a worker's staging folder to a resource that is ready.
+//!
+//! Runs inside the transaction that ends the job: the folder is moved to its key while the attempt is
+//! held, so a runner that has lost its lease never replaces what a later attempt published. If the
+//! commit fails after the move, the folder belongs to no ready row and the next attempt replaces it.
+
+use std::path::PathBuf;
+
+use serde_json::Value;
+use sqlx::PgConnection;
+
+use crate::{
+    artifacts::{ArtifactError, Artifacts},
+    lease::{Lease, LeaseError},
+};
+
+/// What a job made; folders are staged and synced.
+#[derive(Clone, Debug)]
+pub enum Product {
+    Model { model_id: String, folder: PathBuf, parameters: i64, weights_sha256: String, trained_tokens: i64, template: Option<String> },
+    Tokenizer { tokenizer_id: String, folder: PathBuf, sha256: String, vocabulary: i64, added_roles: Vec<String> },
+    Dataset { dataset_id: String, folder: PathBuf, sha256: String, statistics: Value },
+    Statistics { statistics: Value },
+}
+
+/// Moves the product to its key and makes its row ready.
+pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Lease, product: &Product) -> Result<(), LeaseError> {
+    let changed = match product {
+        Product::Model { model_id, folder, parameters, weights_sha256, trained_tokens, template } => {
+            let key = format!("models/{model_id}");
+            let bytes = put(artifacts, folder, &key).await?;
+            sqlx::query!("UPDATE jobs SET trained_tokens = $2 WHERE id = $1", lease.job_id, trained_tokens).execute(&mut *tx).await?;
+            sqlx::query!(
+                "UPDATE models SET state = 'ready', artifact = $3, parameters = $4, weights_sha256 = $5, template = $6, bytes = $7
+                 WHERE id = $1 AND job_id = $2 AND state IN ('queued', 'running')",
+                model_id,
+                lease.job_id,
+                key,
+                parameters,
+                weights_sha256,
+                template.as_deref(),
+                bytes,
+            )
+            .execute(tx)
+            .await?
+        }
+        Product::Tokenizer { tokenizer_id, folder, sha256, vocabulary, added_roles } => {
+            let key = format!("tokenizers/{tokenizer_id}");
+            put(artifacts, folder, &key).await?;
+            sqlx::query!(
+                "UPDATE tokenizers SET state = 'ready', artifact = $3, sha256 = $4, vocabulary = $5, added_roles = $6
+                 WHERE id = $1 AND job_id = $2 AND state IN ('queued', 'running')",
+                tokenizer_id,
+                lease.job_id,
+                key,
+                sha256,
+                vocabulary,
+                added_roles,
+            )
+            .execute(tx)
+            .await?
+        }
+        Product::Dataset { dataset_id, folder, sha256, statistics } => {
+            let key = format!("datasets/{dataset_id}");
+            put(artifacts, folder, &key).await?;
+            sqlx::query!(
+                "UPDATE datasets SET state = 'ready', artifact = $3, sha256 = $4, statistics = $5
+                 WHERE id = $1 AND job_id = $2 AND state IN ('queued', 'running')",
+                dataset_id,
+                lease.job_id,
+                key,
+                sha256,
+                statistics,
+            )
+            .execute(tx)
+            .await?
+        }
+        Product::Statistics { statistics } => {
+            sqlx::query!("UPDATE dataset_token_statistics SET statistics = $2 WHERE job_id = $1", lease.job_id, statistics).execute(tx).await?
+        }
+    };
+    if changed.rows_affected() == 0 {
+        tracing::warn!(job.id = lease.job_id, "the job succeeded, but no row waits for what it made");
+    }
+    Ok(())
+}
+
+/// Moves a folder to its key off the async threads; its size in bytes.
+async fn put(artifacts: &Artifacts, folder: &std::path::Path, key: &str) -> Result<i64, ArtifactError> {
+    let (artifacts, folder, key) = (artifacts.clone(), folder.to_owned(), key.to_owned());
+    blocking(move || {
+        artifacts.put_folder(&folder, &key)?;
+        artifacts.size(&key).map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX))
+    })
+    .await
+}
+
+/// Runs file work on the threads that may block.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, ArtifactError> + Send + 'static) -> Result<T, ArtifactError> {
+    let stopped = |error| ArtifactError::Io { key: String::new(), source: std::io::Error::other(error) };
+    tokio::task::spawn_blocking(work).await.map_err(stopped)?
+}

@@ -1,0 +1,68 @@
+//! Ends attempts whose lease has run out, so that no job waits for a runner that is gone.
+//!
+//! Every runner has a reaper; rows are taken with SKIP LOCKED, so several never do the same twice.
+//! After it first reaches the database, and again after each time it could not, a reaper waits one
+//! lease: runners that were cut off with it renew theirs first.
+
+use std::time::Duration;
+
+use sqlx::{PgConnection, PgPool};
+
+use crate::{
+    artifacts::Artifacts,
+    lease::{self, LeaseError},
+    replicas, settle,
+};
+
+/// Works until it is dropped.
+pub async fn run(db: PgPool, artifacts: Artifacts, lease_seconds: f64) {
+    let lease = Duration::from_secs_f64(lease_seconds);
+    let mut reached = false;
+    loop {
+        if !reached {
+            match sqlx::query_scalar!("SELECT 1 AS one").fetch_one(&db).await {
+                Ok(_) => tokio::time::sleep(lease).await,
+                Err(error) => {
+                    tracing::warn!(%error, "the reaper does not reach the database");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    continue;
+                }
+            }
+        }
+        reached = match sweep(&db, &artifacts).await {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::warn!(%error, "the reaper could not look for expired leases");
+                false
+            }
+        };
+        tokio::time::sleep((lease / 3).min(Duration::from_secs(1))).await;
+    }
+}
+
+/// One round: attempts, replicas, runners, and blocked jobs that nothing blocks. The number of
+/// attempts ended.
+pub async fn sweep(db: &PgPool, artifacts: &Artifacts) -> Result<usize, LeaseError> {
+    let mut conn = db.acquire().await?;
+    let mut ended = 0;
+    while let Some((lease, state)) = lease::reap_one(&mut conn, artifacts).await? {
+        tracing::warn!(job.id = lease.job_id, job.attempt = lease.attempt, job.state = %state, "ended an attempt whose lease ran out");
+        ended += 1;
+    }
+    replicas::reap(&mut conn).await?;
+    sqlx::query!("UPDATE runners SET stopped_at = now() WHERE stopped_at IS NULL AND expires_at < now()").execute(&mut *conn).await?;
+    unblock(&mut conn).await?;
+    Ok(ended)
+}
+
+/// The transaction that ends a job settles its dependants; this finds what is left if that was ever
+/// undone by hand.
+async fn unblock(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let waiting = sqlx::query_scalar!(
+        "SELECT id FROM jobs b WHERE state = 'blocked' AND NOT EXISTS (
+             SELECT FROM job_dependencies d JOIN jobs n ON n.id = d.needs WHERE d.job_id = b.id AND n.state <> 'succeeded')"
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    settle::release(conn, &waiting).await
+}
