@@ -6,7 +6,12 @@
 //! the OpenAPI document ([`openapi`]) shows. Refusals are [`problem::ApiError`]s.
 
 pub mod auth;
+pub mod config;
+pub mod demo;
+pub mod engine_server;
 pub mod idempotency;
+pub mod keys;
+pub mod logging;
 pub mod metadata;
 pub mod openapi;
 pub mod page;

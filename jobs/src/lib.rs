@@ -29,6 +29,7 @@ pub mod queue;
 pub mod reaper;
 pub mod replicas;
 pub mod run;
+pub mod runner;
 pub mod settle;
 pub mod spec;
 pub mod state;

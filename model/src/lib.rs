@@ -7,3 +7,4 @@ pub mod data;
 pub mod protocol;
 pub mod template;
 pub mod tokenizer;
+pub mod worker;

@@ -1,0 +1,255 @@
+//! Flags and their environment twins, read once: everything that a process is told from outside.
+//!
+//! A flag wins over its twin. No other module reads the environment, except for what one process of
+//! Lathe tells another (an engine's secret).
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use axum::http::HeaderValue;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use lathe_jobs::runner::RunnerConfig;
+
+use crate::state::ApiConfig;
+
+#[derive(Debug, Parser)]
+#[command(name = "lathe", version, about = "A corpus becomes a language model that answers over HTTP.", max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    /// How log lines look.
+    #[arg(long, global = true, env = "LATHE_LOG_FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+    /// What is logged, by module: `info`, `lathe_jobs=debug`, …
+    #[arg(long, global = true, env = "LATHE_LOG", default_value = "info,sqlx=warn", value_name = "FILTER")]
+    pub log: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+impl LogFormat {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// The whole stack on this machine: Postgres, api and runner, kept alive until Ctrl-C.
+    Serve(Box<ServeArgs>),
+    /// The HTTP API alone; needs a database.
+    Api(Box<ApiArgs>),
+    /// A runner alone: takes jobs and serves models on this machine's devices; needs a database.
+    Runner(RunnerArgs),
+    /// One job's work; started by a runner.
+    #[command(hide = true)]
+    Worker,
+    /// One replica of a model; started by a runner.
+    #[command(hide = true)]
+    Engine(EngineArgs),
+    /// Bring the database's schema up to this binary's, and end.
+    Migrate(DatabaseArgs),
+    /// Print the OpenAPI document.
+    Openapi,
+    /// Make, list and revoke API keys.
+    Key(KeyArgs),
+    /// Train and tune a small model through the API of a fresh server, and show its answers.
+    Demo(DemoConfig),
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    pub database: DatabaseArgs,
+    #[command(flatten)]
+    pub store: StoreArgs,
+    #[command(flatten)]
+    pub api: ApiOptions,
+    #[command(flatten)]
+    pub runner: RunnerOptions,
+    /// How many runners to start on this machine.
+    #[arg(long, env = "LATHE_RUNNERS", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub runners: u16,
+}
+
+/// Where rows live: a server of one's own, or the one embedded in a data directory.
+#[derive(Clone, Debug, Args)]
+pub struct DatabaseArgs {
+    /// Where the embedded database, the artifacts and the key are kept.
+    #[arg(long, env = "LATHE_DATA_DIR", default_value = "data", value_name = "FOLDER")]
+    pub data_dir: PathBuf,
+    /// A PostgreSQL (15 or newer) of one's own, `postgres://user:password@host/database`; without it, `serve`
+    /// runs one in the data directory.
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    pub database_url: Option<String>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct StoreArgs {
+    /// Where files, datasets, checkpoints and models are kept [default: artifacts in the data directory].
+    #[arg(long, env = "LATHE_ARTIFACTS", value_name = "FOLDER")]
+    pub artifacts: Option<PathBuf>,
+}
+
+impl StoreArgs {
+    pub fn folder(&self, database: &DatabaseArgs) -> PathBuf {
+        self.artifacts.clone().unwrap_or_else(|| database.data_dir.join("artifacts"))
+    }
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct ApiArgs {
+    #[command(flatten)]
+    pub database: DatabaseArgs,
+    #[command(flatten)]
+    pub store: StoreArgs,
+    #[command(flatten)]
+    pub options: ApiOptions,
+}
+
+/// The API's limits and switches.
+#[derive(Clone, Debug, Args)]
+pub struct ApiOptions {
+    /// The address to serve HTTP on.
+    #[arg(long, env = "LATHE_LISTEN", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+    pub listen: SocketAddr,
+    /// The first admin key; without it, one is made and kept in the data directory.
+    #[arg(long, env = "LATHE_API_KEY", hide_env_values = true, value_name = "KEY")]
+    pub api_key: Option<String>,
+    /// Bytes of an uploaded file.
+    #[arg(long, env = "LATHE_FILE_LIMIT", default_value_t = 8 << 30, value_name = "BYTES")]
+    pub file_limit: u64,
+    /// Bytes of one part of an upload.
+    #[arg(long, env = "LATHE_PART_LIMIT", default_value_t = 64 << 20, value_name = "BYTES")]
+    pub part_limit: u64,
+    /// Seconds in which a request's head must arrive.
+    #[arg(long, env = "LATHE_HEADER_SECONDS", default_value_t = 10, value_name = "SECONDS")]
+    pub header_seconds: u64,
+    /// Seconds in which a body must bring its next bytes.
+    #[arg(long, env = "LATHE_IDLE_BODY_SECONDS", default_value_t = 60, value_name = "SECONDS")]
+    pub idle_body_seconds: u64,
+    /// Origins that browsers may call from; none, no CORS headers.
+    #[arg(long = "cors-origin", env = "LATHE_CORS_ORIGIN", value_delimiter = ',', value_name = "ORIGIN")]
+    pub cors_origins: Vec<HeaderValue>,
+    /// A token of its own for `/metrics`, besides admin keys.
+    #[arg(long, env = "LATHE_METRICS_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    pub metrics_token: Option<String>,
+    /// Free bytes of the artifacts' disk below which `/readyz` fails and jobs wait.
+    #[arg(long, env = "LATHE_DISK_LOW", default_value_t = 1 << 30, value_name = "BYTES")]
+    pub disk_low_bytes: u64,
+}
+
+impl ApiOptions {
+    pub fn config(&self) -> ApiConfig {
+        ApiConfig {
+            file_limit: self.file_limit,
+            part_limit: self.part_limit,
+            cors_origins: self.cors_origins.clone(),
+            metrics_token: self.metrics_token.clone(),
+            disk_low_bytes: self.disk_low_bytes,
+            header_timeout: Duration::from_secs(self.header_seconds),
+            idle_body_timeout: Duration::from_secs(self.idle_body_seconds),
+            ..ApiConfig::default()
+        }
+    }
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct RunnerArgs {
+    #[command(flatten)]
+    pub database: DatabaseArgs,
+    #[command(flatten)]
+    pub store: StoreArgs,
+    #[command(flatten)]
+    pub options: RunnerOptions,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct RunnerOptions {
+    /// Seconds after which a runner that is not heard of has lost its jobs.
+    #[arg(long, env = "LATHE_LEASE_SECONDS", default_value_t = 10.0, value_name = "SECONDS")]
+    pub lease_seconds: f64,
+    /// The address on which engines and ranks listen; they have weaker protection than the API.
+    #[arg(long, env = "LATHE_INTERNAL_ADDR", default_value = "127.0.0.1", value_name = "ADDRESS")]
+    pub internal_addr: std::net::IpAddr,
+    /// Decode in batches of one fixed shape, so that no answer depends on its neighbours at all.
+    #[arg(long, env = "LATHE_DETERMINISTIC_DECODE")]
+    pub deterministic_decode: bool,
+}
+
+impl RunnerOptions {
+    pub fn config(&self, database_url: String, artifacts: PathBuf) -> RunnerConfig {
+        RunnerConfig {
+            database_url,
+            artifacts,
+            lease_seconds: self.lease_seconds,
+            internal_addr: self.internal_addr,
+            deterministic_decode: self.deterministic_decode,
+        }
+    }
+}
+
+/// What a runner tells the engine that it starts; the engine's secret is in the environment.
+#[derive(Clone, Debug, Args)]
+pub struct EngineArgs {
+    /// A model's folder.
+    #[arg(long)]
+    pub model: PathBuf,
+    #[arg(long)]
+    pub listen: SocketAddr,
+    #[arg(long)]
+    pub deterministic_decode: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct KeyArgs {
+    #[command(subcommand)]
+    pub command: KeyCommand,
+    #[command(flatten)]
+    pub database: DatabaseArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// Make a key and print it, this once.
+    Create {
+        /// The project's name; made if it is not there.
+        #[arg(long, default_value = "default")]
+        project: String,
+        /// A name to tell the key by.
+        #[arg(long)]
+        name: Option<String>,
+        /// Allow everything, other projects' administration included.
+        #[arg(long)]
+        admin: bool,
+    },
+    /// Show the keys, without their secrets.
+    List {
+        /// Of this project only.
+        #[arg(long)]
+        project: Option<String>,
+    },
+    /// Make a key useless, within two seconds.
+    Revoke {
+        /// The key's id, `key_…`.
+        id: String,
+    },
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct DemoConfig {
+    #[command(flatten)]
+    pub serve: ServeArgs,
+    /// A text to pretrain on, instead of the built-in tasks.
+    #[arg(long, env = "CORPUS", requires = "instructions", value_name = "FILE")]
+    pub corpus: Option<PathBuf>,
+    /// Instructions to tune on, beside a corpus.
+    #[arg(long, env = "INSTRUCTIONS", requires = "corpus", value_name = "FILE")]
+    pub instructions: Option<PathBuf>,
+}
