@@ -17,10 +17,12 @@ pub mod openapi;
 pub mod page;
 pub mod parse;
 pub mod problem;
+pub mod resource;
 pub mod routes;
 pub mod schema;
 pub mod server;
 pub mod state;
+pub mod train_request;
 
 /// The schema, embedded in the binary.
 pub static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../migrations");

@@ -11,7 +11,7 @@ use lathe_jobs::artifacts::Artifacts;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
-use crate::auth::KeyCache;
+use crate::{auth::KeyCache, routes::tokenizers::TokenizerCache};
 
 /// The API's limits and switches, each a flag of `lathe api`.
 #[derive(Clone, Debug)]
@@ -57,6 +57,7 @@ pub struct AppState {
     pub http: reqwest::Client,
     pub keys: Arc<KeyCache>,
     pub requests: Arc<RequestCounts>,
+    pub tokenizers: Arc<TokenizerCache>,
     /// Cancelled when the server stops: streams end themselves, new requests are not taken.
     pub shutdown: CancellationToken,
 }
@@ -70,6 +71,7 @@ impl AppState {
             http: reqwest::Client::new(),
             keys: Arc::default(),
             requests: Arc::default(),
+            tokenizers: Arc::default(),
             shutdown: CancellationToken::new(),
         }
     }

@@ -1,7 +1,9 @@
 //! One resource per file: shapes, handlers and their own SQL. Paths are written in full.
 
+pub mod datasets;
 pub mod health;
 pub mod projects;
+pub mod tokenizers;
 
 use axum::middleware;
 use utoipa_axum::router::OpenApiRouter;
@@ -28,5 +30,5 @@ fn public() -> OpenApiRouter<AppState> {
 
 /// One line per resource.
 fn keyed() -> OpenApiRouter<AppState> {
-    OpenApiRouter::new().merge(projects::router())
+    OpenApiRouter::new().merge(projects::router()).merge(datasets::router()).merge(tokenizers::router())
 }

@@ -1,0 +1,173 @@
+//! What the resources that jobs make have in common: states, failures, listings.
+
+use axum::http::StatusCode;
+use lathe_jobs::{
+    queue::{self, QueueError, TransitionError},
+    state::ResourceState,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+use utoipa::{IntoParams, ToSchema};
+
+use crate::{
+    page::{Order, Page},
+    problem::ApiError,
+    state::AppState,
+};
+
+/// Where a dataset, tokenizer or model stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StateName {
+    Queued,
+    Running,
+    Ready,
+    Failed,
+}
+
+impl From<ResourceState> for StateName {
+    fn from(state: ResourceState) -> StateName {
+        match state {
+            ResourceState::Queued => StateName::Queued,
+            ResourceState::Running => StateName::Running,
+            ResourceState::Ready => StateName::Ready,
+            ResourceState::Failed => StateName::Failed,
+        }
+    }
+}
+
+impl StateName {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            StateName::Queued => "queued",
+            StateName::Running => "running",
+            StateName::Ready => "ready",
+            StateName::Failed => "failed",
+        }
+    }
+}
+
+/// Why a job or what it was to make failed.
+#[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
+#[schema(example = json!({"code": "no_valid_rows", "message": "No row of the files is valid. Look at the dataset's errors.", "param": null}))]
+pub struct FailureDetail {
+    /// A word of a closed list.
+    pub code: String,
+    /// What happened and what to do.
+    pub message: String,
+    /// The field of the request that it comes from, where there is one.
+    #[serde(default)]
+    pub param: Option<String>,
+}
+
+impl FailureDetail {
+    pub fn from_column(column: Option<Value>) -> Option<FailureDetail> {
+        column.and_then(|column| serde_json::from_value(column).ok())
+    }
+}
+
+/// A deleted resource.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"id": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "dataset", "deleted": true}))]
+pub struct Deleted {
+    pub id: String,
+    pub object: &'static str,
+    pub deleted: bool,
+}
+
+/// Which part of a list of datasets or tokenizers.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ListQuery {
+    /// Id of the last item of the page before.
+    pub after: Option<String>,
+    /// Items a page. Default: 20.
+    #[param(minimum = 1, maximum = 100)]
+    pub limit: Option<i64>,
+    #[param(inline)]
+    pub order: Option<Order>,
+    /// Only those in this state.
+    #[param(inline)]
+    pub state: Option<StateName>,
+    /// Only those of this name.
+    pub name: Option<String>,
+}
+
+impl ListQuery {
+    /// The first page; the one after an item through [`Page::after`].
+    pub fn first(&self) -> Page {
+        Page::first(self.limit.unwrap_or(20), self.order)
+    }
+}
+
+/// Unix seconds.
+pub fn seconds(time: OffsetDateTime) -> i64 {
+    time.unix_timestamp()
+}
+
+/// 409 for something that unfinished work needs; `users` are their ids.
+pub fn in_use(what: &str, id: &str, users: &[String]) -> ApiError {
+    let message = format!("The {what} `{id}` is needed by {}: wait until they end, or cancel them.", users.join(", "));
+    ApiError::conflict(message).with_code("in_use")
+}
+
+/// 409 for something that is named before it could serve: it failed.
+pub fn has_failed(what: &str, id: &str, param: &str) -> ApiError {
+    ApiError::conflict(format!("The {what} `{id}` has failed, so nothing can be made of it. Its `error` says why.")).with_code("dependency_failed").with_param(param)
+}
+
+/// 404 for an id in a field of the body.
+pub fn unknown(what: &str, id: &str, param: &str) -> ApiError {
+    ApiError::not_found(what, id).with_param(param)
+}
+
+/// The status of an answer about something still being computed.
+pub fn computed_or_not(state: StateName) -> StatusCode {
+    match state {
+        StateName::Queued | StateName::Running => StatusCode::ACCEPTED,
+        StateName::Ready | StateName::Failed => StatusCode::OK,
+    }
+}
+
+/// A job that cannot be added, at the edge.
+pub fn not_enqueued(error: QueueError) -> ApiError {
+    match error {
+        QueueError::NeedNotFound(id) => ApiError::not_found("job", &id),
+        QueueError::NeedFailed(id) => {
+            ApiError::conflict(format!("The job `{id}` has failed or was cancelled, so nothing can wait for it.")).with_code("dependency_failed")
+        }
+        QueueError::Spec(error) => ApiError::internal(error),
+        QueueError::Database(error) => error.into(),
+    }
+}
+
+/// Cancels the job that makes something which is being deleted; an ended one is left alone.
+pub async fn stop_making(conn: &mut PgConnection, job_id: &str) -> Result<(), ApiError> {
+    match queue::cancel(conn, job_id).await {
+        Ok(_) | Err(TransitionError::Illegal { .. } | TransitionError::NotFound) => Ok(()),
+        Err(TransitionError::Database(error)) => Err(error.into()),
+    }
+}
+
+/// Removes what no row names any more. What cannot be removed now is left to housekeeping.
+pub async fn remove_artifacts(state: &AppState, keys: Vec<String>) {
+    let artifacts = state.artifacts.clone();
+    let removal = move || {
+        for key in keys {
+            if let Err(error) = artifacts.remove(&key) {
+                tracing::warn!(%error, key, "an artifact could not be removed");
+            }
+        }
+    };
+    if let Err(error) = tokio::task::spawn_blocking(removal).await {
+        tracing::warn!(%error, "removing artifacts broke off");
+    }
+}
+
+/// 409 for something that is asked to serve before it is ready.
+pub fn not_ready(what: &str, id: &str, state: ResourceState) -> ApiError {
+    ApiError::conflict(format!("The {what} `{id}` is {state}, not ready.")).with_code("not_ready")
+}

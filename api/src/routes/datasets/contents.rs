@@ -1,0 +1,307 @@
+//! What is inside a dataset: its rows, its bad rows, its statistics.
+
+use axum::{Json, extract::State, http::StatusCode};
+use lathe_jobs::{
+    ids,
+    queue::{self, NewJob},
+    spec::Spec,
+    state::{JobState, ResourceState},
+};
+use lathe_model::data::rows::{Dataset, Row};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::DatasetStatistics;
+use crate::{
+    auth::Project,
+    parse::{Path, Query},
+    problem::ApiError,
+    resource::{self, FailureDetail, StateName},
+    routes::tokenizers,
+    state::AppState,
+};
+
+/// An answer holds at least one row and stops before its text passes so many bytes.
+const PREVIEW_BYTES: usize = 4 << 20;
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new().routes(routes!(list_dataset_rows)).routes(routes!(list_dataset_errors)).routes(routes!(get_dataset_statistics))
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct PreviewQuery {
+    /// Index of the last row of the page before.
+    #[param(minimum = 0)]
+    after: Option<u64>,
+    /// Default: 20.
+    #[param(minimum = 1, maximum = 100)]
+    limit: Option<u64>,
+}
+
+impl PreviewQuery {
+    fn first(&self) -> u64 {
+        self.after.map_or(0, |after| after.saturating_add(1))
+    }
+}
+
+/// A row: `text`, or `turns` with their `system` text if there is one.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct RowObject {
+    /// From 0.
+    index: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    system: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    turns: Option<Vec<TurnObject>>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct TurnObject {
+    instruction: String,
+    input: String,
+    output: String,
+}
+
+impl RowObject {
+    fn new(index: u64, row: Row) -> RowObject {
+        match row {
+            Row::Text { text } => RowObject { index, text: Some(text), system: None, turns: None },
+            Row::Conversation { system, turns } => {
+                let turns = turns.into_iter().map(|turn| TurnObject { instruction: turn.instruction, input: turn.input, output: turn.output });
+                RowObject { index, text: None, system, turns: Some(turns.collect()) }
+            }
+        }
+    }
+}
+
+/// Rows in their order.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct RowList {
+    #[schema(examples("list"))]
+    object: &'static str,
+    data: Vec<RowObject>,
+    /// Rows of the whole dataset.
+    total: u64,
+    has_more: bool,
+}
+
+/// Preview a dataset's rows
+///
+/// A page may hold fewer rows than asked for where they are long.
+#[utoipa::path(
+    get, path = "/v1/datasets/{dataset_id}/rows", operation_id = "list_dataset_rows", tag = "datasets", params(("dataset_id" = String, Path), PreviewQuery),
+    responses((status = 200, description = "A page", body = RowList), (status = 409, description = "The dataset is not ready"))
+)]
+async fn list_dataset_rows(State(state): State<AppState>, project: Project, Path(id): Path<String>, Query(query): Query<PreviewQuery>) -> Result<Json<RowList>, ApiError> {
+    let mut conn = state.db.acquire().await?;
+    let dataset = super::find(&mut conn, &project.project_id, &id).await?;
+    drop(conn);
+    let (ResourceState::Ready, Some(artifact)) = (dataset.state, dataset.artifact) else {
+        return Err(resource::not_ready("dataset", &id, dataset.state));
+    };
+    let folder = state.artifacts.path(&artifact);
+    let (first, limit) = (query.first(), query.limit.unwrap_or(20));
+    let read = tokio::task::spawn_blocking(move || preview(&folder, first, limit));
+    let (total, data) = read.await.map_err(ApiError::internal)?.map_err(ApiError::internal)?;
+    let has_more = data.last().is_some_and(|row| row.index + 1 < total);
+    Ok(Json(RowList { object: "list", data, total, has_more }))
+}
+
+/// Rows from `first` on, at most `limit`, with the number of all rows. Blocks.
+fn preview(folder: &std::path::Path, first: u64, limit: u64) -> std::io::Result<(u64, Vec<RowObject>)> {
+    let mut dataset = Dataset::open(folder)?;
+    let (mut rows, mut bytes) = (Vec::new(), 0);
+    for index in first..first.saturating_add(limit) {
+        let Some(row) = dataset.slice(index, 1)?.pop() else { break };
+        bytes += row.document().len();
+        if bytes > PREVIEW_BYTES && !rows.is_empty() {
+            break;
+        }
+        rows.push(RowObject::new(index, row));
+    }
+    Ok((dataset.manifest.rows, rows))
+}
+
+/// A row that could not be read.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"index": 0, "file": "file-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "line": 7, "field": "output", "message": "The field is missing.", "keys": ["q", "a"]}))]
+pub struct BadRowObject {
+    index: i64,
+    /// The file's id.
+    file: Option<String>,
+    /// From 1.
+    line: Option<i64>,
+    field: Option<String>,
+    message: String,
+    /// The keys that the row has.
+    keys: Vec<String>,
+}
+
+/// Bad rows in their order.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct BadRowList {
+    #[schema(examples("list"))]
+    object: &'static str,
+    data: Vec<BadRowObject>,
+    has_more: bool,
+}
+
+/// List a dataset's bad rows
+///
+/// With the line, the field and the keys that were found. The first 10,000 are kept.
+#[utoipa::path(
+    get, path = "/v1/datasets/{dataset_id}/errors", operation_id = "list_dataset_errors", tag = "datasets", params(("dataset_id" = String, Path), PreviewQuery),
+    responses((status = 200, description = "A page", body = BadRowList))
+)]
+async fn list_dataset_errors(State(state): State<AppState>, project: Project, Path(id): Path<String>, Query(query): Query<PreviewQuery>) -> Result<Json<BadRowList>, ApiError> {
+    let mut conn = state.db.acquire().await?;
+    super::find(&mut conn, &project.project_id, &id).await?;
+    let limit = query.limit.unwrap_or(20) as usize;
+    let after = query.after.map_or(-1, |after| i64::try_from(after).unwrap_or(i64::MAX));
+    let mut data = sqlx::query_as!(
+        BadRowObject,
+        "SELECT n AS index, file, line, field, message, keys FROM dataset_errors WHERE dataset_id = $1 AND n > $2 ORDER BY n LIMIT $3",
+        id,
+        after,
+        limit as i64 + 1,
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    let has_more = data.len() > limit;
+    data.truncate(limit);
+    Ok(Json(BadRowList { object: "list", data, has_more }))
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct StatisticsQuery {
+    /// Count the tokens under this tokenizer too.
+    tokenizer: Option<String>,
+}
+
+/// What is in a dataset, with its tokens where a tokenizer was named.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct StatisticsObject {
+    #[schema(examples("dataset.statistics"))]
+    object: &'static str,
+    dataset: String,
+    tokenizer: Option<String>,
+    state: StateName,
+    statistics: Option<DatasetStatistics>,
+    tokens: Option<TokenStatistics>,
+    error: Option<FailureDetail>,
+}
+
+/// Tokens of the rows as documents.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+pub struct TokenStatistics {
+    tokens: u64,
+    length: LengthPercentiles,
+}
+
+/// Tokens of a row: the median, two percentiles and the longest.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+pub struct LengthPercentiles {
+    p50: u64,
+    p90: u64,
+    p99: u64,
+    max: u64,
+}
+
+/// Retrieve a dataset's statistics
+///
+/// Tokens are counted once by a job: the answer is 202 until they are, and then 200.
+#[utoipa::path(
+    get, path = "/v1/datasets/{dataset_id}/statistics", operation_id = "get_dataset_statistics", tag = "datasets",
+    params(("dataset_id" = String, Path), StatisticsQuery),
+    responses((status = 200, description = "All there is", body = StatisticsObject), (status = 202, description = "Still being made", body = StatisticsObject))
+)]
+async fn get_dataset_statistics(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+    Query(query): Query<StatisticsQuery>,
+) -> Result<(StatusCode, Json<StatisticsObject>), ApiError> {
+    let mut conn = state.db.acquire().await?;
+    let dataset = super::find(&mut conn, &project.project_id, &id).await?;
+    let mut object = StatisticsObject {
+        object: "dataset.statistics",
+        dataset: id,
+        tokenizer: query.tokenizer,
+        state: dataset.state.into(),
+        statistics: dataset.statistics(),
+        tokens: None,
+        error: FailureDetail::from_column(dataset.error),
+    };
+    if let Some(tokenizer) = object.tokenizer.as_deref().filter(|_| object.state != StateName::Failed) {
+        let counted = count_tokens(&mut conn, &project.project_id, &object.dataset, tokenizer).await?;
+        object.state = counted.state;
+        object.tokens = counted.statistics.and_then(|statistics| serde_json::from_value(statistics).ok());
+        object.error = counted.error;
+    }
+    Ok((resource::computed_or_not(object.state), Json(object)))
+}
+
+struct Counted {
+    state: StateName,
+    statistics: Option<Value>,
+    error: Option<FailureDetail>,
+}
+
+/// What the counting job has found, adding that job if there is none.
+async fn count_tokens(conn: &mut PgConnection, project_id: &str, dataset: &str, tokenizer: &str) -> Result<Counted, ApiError> {
+    let mut tx = conn.begin().await?;
+    // Two requests at the same time add one job.
+    sqlx::query!("SELECT id FROM datasets WHERE id = $1 FOR UPDATE", dataset).fetch_one(&mut *tx).await?;
+    let tokenizer_job = tokenizers::find_usable(&mut tx, project_id, tokenizer, "tokenizer").await?;
+    let known = sqlx::query!(
+        r#"SELECT s.statistics, j.state AS "state: JobState", j.error FROM dataset_token_statistics s JOIN jobs j ON j.id = s.job_id
+           WHERE s.dataset_id = $1 AND s.tokenizer_id = $2"#,
+        dataset,
+        tokenizer,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    if let Some(known) = known {
+        let state = match known.state {
+            JobState::Succeeded => StateName::Ready,
+            JobState::Failed | JobState::Cancelled => StateName::Failed,
+            JobState::Running | JobState::Pausing | JobState::Cancelling => StateName::Running,
+            JobState::Blocked | JobState::Queued | JobState::Paused => StateName::Queued,
+        };
+        return Ok(Counted { state, statistics: known.statistics, error: FailureDetail::from_column(known.error) });
+    }
+    let needs = super::find_usable(&mut tx, project_id, dataset, "dataset_id").await?.into_iter().chain(tokenizer_job);
+    let job = NewJob {
+        id: ids::new("job"),
+        project_id: project_id.to_owned(),
+        name: None,
+        spec: Spec::Statistics {},
+        request: json!({}),
+        metadata: json!({}),
+        priority: 0,
+        max_attempts: crate::train_request::MAX_ATTEMPTS,
+        devices: 0,
+        dataset_id: Some(dataset.to_owned()),
+        validation_dataset_id: None,
+        tokenizer_id: Some(tokenizer.to_owned()),
+        base_model_id: None,
+        model_id: None,
+        needs: needs.collect(),
+    };
+    let job_id = job.id.clone();
+    queue::enqueue(&mut tx, job).await.map_err(resource::not_enqueued)?;
+    sqlx::query!("INSERT INTO dataset_token_statistics (dataset_id, tokenizer_id, job_id) VALUES ($1, $2, $3)", dataset, tokenizer, job_id)
+        .execute(&mut *tx)
+        .await?;
+    tx.commit().await?;
+    Ok(Counted { state: StateName::Queued, statistics: None, error: None })
+}

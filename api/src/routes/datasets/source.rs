@@ -1,0 +1,275 @@
+//! Where a dataset's rows come from, as requests say it.
+
+use std::collections::BTreeMap;
+
+use lathe_jobs::spec::{self, DatasetSource};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::ToSchema;
+
+use crate::problem::ApiError;
+
+/// Uploaded files, or rows made by rule.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum SourceBody {
+    Files {
+        /// Ids of files, read in this order.
+        #[schema(min_items = 1, max_items = 1000)]
+        files: Vec<String>,
+        /// Default: auto, by content and name, file by file.
+        format: Option<FormatName>,
+        /// Part of a row → the file's own name for it. Absent: recognised by the keys.
+        columns: Option<ColumnsBody>,
+        /// Where a plain text is cut. Default: file.
+        documents: Option<DocumentsName>,
+        /// Default: reject.
+        on_bad_row: Option<OnBadRowName>,
+    },
+    Template {
+        #[schema(minimum = 1, maximum = 10000000)]
+        rows: u64,
+        /// Decides every row. Default: 0.
+        #[schema(minimum = 0)]
+        seed: Option<u64>,
+        /// Datasets with which no row may be shared. One that is not ready is waited for.
+        #[schema(max_items = 64)]
+        exclude: Option<Vec<String>>,
+        #[schema(min_items = 1, max_items = 1000)]
+        templates: Vec<TemplateBody>,
+    },
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum FormatName {
+    Auto,
+    Text,
+    Jsonl,
+    Json,
+    Csv,
+    Parquet,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DocumentsName {
+    File,
+    BlankLine,
+    Line,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnBadRowName {
+    /// One bad row fails the dataset.
+    Reject,
+    Skip,
+}
+
+/// The file's own names for the parts of a row.
+#[derive(Debug, Default, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ColumnsBody {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 256)]
+    pub instruction: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 256)]
+    pub input: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 256)]
+    pub output: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 256)]
+    pub system: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 256)]
+    pub text: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 256)]
+    pub messages: Option<String>,
+}
+
+/// How one kind of row is made: minijinja texts, rendered from drawn variables.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"instruction": "What is {{ a }} plus {{ b }}?", "output": "{{ a + b }}", "variables": {"a": {"range": [0, 99]}, "b": {"range": [0, 99]}}}))]
+pub struct TemplateBody {
+    /// Templates of one family are the same task in different words: their rows are compared.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 256)]
+    pub family: Option<String>,
+    /// Renders to what identifies a row whatever its wording. Default: the variables.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 10000)]
+    pub key: Option<String>,
+    pub instruction: WordingsBody,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(max_length = 10000)]
+    pub input: Option<String>,
+    #[schema(min_length = 1, max_length = 10000)]
+    pub output: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub variables: Option<BTreeMap<String, VariableBody>>,
+}
+
+/// One wording, or several of which each row takes one.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum WordingsBody {
+    One(Wording),
+    Several(WordingList),
+}
+
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[schema(min_length = 1, max_length = 10000)]
+pub struct Wording(pub String);
+
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[schema(min_items = 1, max_items = 1000)]
+pub struct WordingList(pub Vec<Wording>);
+
+/// What a variable is drawn from, every possibility equally often.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum VariableBody {
+    Range(RangeVariable),
+    Choice(ChoiceVariable),
+    Sample(SampleVariable),
+    Digits(DigitsVariable),
+    Letters(LettersVariable),
+}
+
+/// Integers from the first to the second, both included.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RangeVariable {
+    #[schema(min_items = 2, max_items = 2)]
+    pub range: Vec<i64>,
+}
+
+/// One of these values; an object's fields are reached by `{{ name.field }}`.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ChoiceVariable {
+    #[schema(min_items = 1, max_items = 100000)]
+    pub choice: Vec<Value>,
+}
+
+/// A list of some of the values, in drawn order.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SampleVariable {
+    pub sample: SampleBody,
+}
+
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SampleBody {
+    #[schema(min_items = 1, max_items = 100000)]
+    pub from: Vec<Value>,
+    #[schema(minimum = 1, maximum = 1000)]
+    pub count: u32,
+    /// Whether a value may be drawn more than once. Default: false.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repeat: Option<bool>,
+}
+
+/// A text of this many decimal digits.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DigitsVariable {
+    #[schema(minimum = 1, maximum = 1000)]
+    pub digits: u32,
+}
+
+/// A text of this many letters, `a` to `z`.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LettersVariable {
+    #[schema(minimum = 1, maximum = 1000)]
+    pub letters: u32,
+}
+
+impl SourceBody {
+    /// With its defaults.
+    pub fn resolve(self) -> Result<DatasetSource, ApiError> {
+        match self {
+            SourceBody::Files { files, format, columns, documents, on_bad_row } => Ok(DatasetSource::Files {
+                files,
+                format: format.map_or(spec::Format::Auto, FormatName::resolve),
+                columns: columns.unwrap_or_default().resolve(),
+                documents: documents.map_or(spec::Documents::File, DocumentsName::resolve),
+                on_bad_row: match on_bad_row {
+                    Some(OnBadRowName::Skip) => spec::OnBadRow::Skip,
+                    Some(OnBadRowName::Reject) | None => spec::OnBadRow::Reject,
+                },
+            }),
+            SourceBody::Template { rows, seed, exclude, templates } => {
+                for (index, template) in templates.iter().enumerate() {
+                    template.check(&format!("source.templates[{index}]"))?;
+                }
+                let templates = templates.iter().map(serde_json::to_value).collect::<Result<_, _>>().map_err(ApiError::internal)?;
+                Ok(DatasetSource::Template { rows, seed: seed.unwrap_or(0), exclude: exclude.unwrap_or_default(), templates })
+            }
+        }
+    }
+}
+
+impl TemplateBody {
+    /// What no schema expresses about variables.
+    fn check(&self, at: &str) -> Result<(), ApiError> {
+        for (name, variable) in self.variables.iter().flatten() {
+            let at = format!("{at}.variables.{name}");
+            match variable {
+                VariableBody::Range(RangeVariable { range }) if range.first() > range.last() => {
+                    return Err(ApiError::unprocessable("contradiction", format!("{at}.range"), format!("`{at}.range` ends before it begins.")));
+                }
+                VariableBody::Sample(SampleVariable { sample }) if sample.repeat != Some(true) && sample.count as usize > sample.from.len() => {
+                    let message = format!("`{at}.sample` draws more values than there are; allow `repeat` or draw fewer.");
+                    return Err(ApiError::unprocessable("contradiction", format!("{at}.sample.count"), message));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl ColumnsBody {
+    fn resolve(self) -> BTreeMap<String, String> {
+        let columns = [
+            ("instruction", self.instruction),
+            ("input", self.input),
+            ("output", self.output),
+            ("system", self.system),
+            ("text", self.text),
+            ("messages", self.messages),
+        ];
+        columns.into_iter().filter_map(|(part, column)| Some((part.to_owned(), column?))).collect()
+    }
+}
+
+impl FormatName {
+    fn resolve(self) -> spec::Format {
+        match self {
+            FormatName::Auto => spec::Format::Auto,
+            FormatName::Text => spec::Format::Text,
+            FormatName::Jsonl => spec::Format::Jsonl,
+            FormatName::Json => spec::Format::Json,
+            FormatName::Csv => spec::Format::Csv,
+            FormatName::Parquet => spec::Format::Parquet,
+        }
+    }
+}
+
+impl DocumentsName {
+    fn resolve(self) -> spec::Documents {
+        match self {
+            DocumentsName::File => spec::Documents::File,
+            DocumentsName::BlankLine => spec::Documents::BlankLine,
+            DocumentsName::Line => spec::Documents::Line,
+        }
+    }
+}

@@ -1,0 +1,564 @@
+//! `/v1/tokenizers`: byte-level BPE, trained by a job on a dataset, or uploaded as `tokenizer.json`.
+//!
+//! Encoding runs off tokio's threads, with tokenizers kept in memory once loaded (they never change).
+//! Text is always text: no spelling of a special token becomes its id.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use axum::{Json, extract::State, http::StatusCode};
+use lathe_jobs::{
+    ids,
+    queue::{self, NewJob},
+    spec::Spec,
+    state::ResourceState,
+};
+use lathe_model::tokenizer::Tokenizer;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection};
+use time::OffsetDateTime;
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::datasets;
+use crate::{
+    auth::Project,
+    metadata::Metadata,
+    page::List,
+    parse::{Body, Path, Query},
+    problem::ApiError,
+    resource::{self, Deleted, FailureDetail, ListQuery, StateName},
+    state::AppState,
+};
+
+/// Tokenizers kept in memory; the least recently used goes first.
+const KEPT: usize = 16;
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(create_tokenizer, list_tokenizers))
+        .routes(routes!(get_tokenizer, delete_tokenizer))
+        .routes(routes!(encode_text))
+        .routes(routes!(decode_ids))
+        .routes(routes!(count_tokens))
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TrainableType {
+    Bpe,
+}
+
+/// Trains a tokenizer.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"name": "small", "type": "bpe", "dataset": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "vocab_size": 1024}))]
+pub struct TrainTokenizer {
+    #[schema(min_length = 1, max_length = 256)]
+    name: String,
+    #[allow(dead_code, reason = "the tag of the union; there is one kind so far")]
+    r#type: TrainableType,
+    /// Id of a dataset. One that is not ready is waited for.
+    dataset: String,
+    /// Ids in all: 256 bytes, 16 reserved ones and what is learned.
+    #[schema(minimum = 272, maximum = 1000000)]
+    vocab_size: i64,
+    metadata: Option<Metadata>,
+}
+
+/// Takes an uploaded `tokenizer.json`.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"name": "theirs", "file": "file-01J9ZQ4M7K3T5W8X2Y6C0V1B4N"}))]
+pub struct ImportTokenizer {
+    #[schema(min_length = 1, max_length = 256)]
+    name: String,
+    file: String,
+    metadata: Option<Metadata>,
+}
+
+/// A tokenizer to train or to take.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum CreateTokenizer {
+    Train(TrainTokenizer),
+    Import(ImportTokenizer),
+}
+
+/// A tokenizer.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct TokenizerObject {
+    #[schema(examples("tok_01J9ZQ4M7K3T5W8X2Y6C0V1B4N"))]
+    id: String,
+    #[schema(examples("tokenizer"))]
+    object: &'static str,
+    name: String,
+    state: StateName,
+    /// The job that makes it.
+    job: String,
+    /// `bpe` (trained here) or `imported`.
+    r#type: String,
+    dataset: Option<String>,
+    file: Option<String>,
+    /// Asked for, then as made.
+    vocab_size: Option<i64>,
+    /// Roles that an uploaded tokenizer lacked and gained.
+    added_roles: Vec<String>,
+    sha256: Option<String>,
+    error: Option<FailureDetail>,
+    metadata: Metadata,
+    /// Unix seconds.
+    created_at: i64,
+}
+
+struct TokenizerRow {
+    id: String,
+    name: String,
+    state: ResourceState,
+    job_id: String,
+    r#type: String,
+    dataset_id: Option<String>,
+    file_id: Option<String>,
+    vocabulary: Option<i64>,
+    added_roles: Vec<String>,
+    artifact: Option<String>,
+    sha256: Option<String>,
+    error: Option<Value>,
+    metadata: Value,
+    created_at: OffsetDateTime,
+}
+
+impl From<TokenizerRow> for TokenizerObject {
+    fn from(row: TokenizerRow) -> TokenizerObject {
+        TokenizerObject {
+            id: row.id,
+            object: "tokenizer",
+            name: row.name,
+            state: row.state.into(),
+            job: row.job_id,
+            r#type: row.r#type,
+            dataset: row.dataset_id,
+            file: row.file_id,
+            vocab_size: row.vocabulary,
+            added_roles: row.added_roles,
+            sha256: row.sha256,
+            error: FailureDetail::from_column(row.error),
+            metadata: Metadata::from_row(row.metadata),
+            created_at: resource::seconds(row.created_at),
+        }
+    }
+}
+
+async fn find(conn: &mut PgConnection, project_id: &str, id: &str) -> Result<TokenizerRow, ApiError> {
+    sqlx::query_as!(
+        TokenizerRow,
+        r#"SELECT id, name, state AS "state: ResourceState", job_id, type, dataset_id, file_id, vocabulary, added_roles, artifact, sha256, error,
+                  metadata, created_at
+           FROM tokenizers WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL"#,
+        id,
+        project_id,
+    )
+    .fetch_optional(conn)
+    .await?
+    .ok_or_else(|| ApiError::not_found("tokenizer", id))
+}
+
+/// The job to wait for before a tokenizer can be used, if it is not ready. Locks it against deletion
+/// until the transaction ends. `param` is the field that names it.
+pub(super) async fn find_usable(conn: &mut PgConnection, project_id: &str, id: &str, param: &str) -> Result<Option<String>, ApiError> {
+    let row = sqlx::query!(
+        r#"SELECT state AS "state: ResourceState", job_id FROM tokenizers WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR SHARE"#,
+        id,
+        project_id,
+    )
+    .fetch_optional(conn)
+    .await?
+    .ok_or_else(|| resource::unknown("tokenizer", id, param))?;
+    match row.state {
+        ResourceState::Ready => Ok(None),
+        ResourceState::Queued | ResourceState::Running => Ok(Some(row.job_id)),
+        ResourceState::Failed => Err(resource::has_failed("tokenizer", id, param)),
+    }
+}
+
+/// Create a tokenizer
+///
+/// A job trains it on a dataset, or checks an uploaded `tokenizer.json` and adds the reserved roles
+/// that it lacks.
+#[utoipa::path(
+    post, path = "/v1/tokenizers", operation_id = "create_tokenizer", tag = "tokenizers", request_body = CreateTokenizer,
+    responses(
+        (status = 201, description = "The tokenizer, queued", body = TokenizerObject),
+        (status = 404, description = "The dataset or file is unknown"),
+        (status = 409, description = "The dataset has failed"),
+    )
+)]
+async fn create_tokenizer(
+    State(state): State<AppState>,
+    project: Project,
+    Body(body): Body<CreateTokenizer>,
+) -> Result<(StatusCode, Json<TokenizerObject>), ApiError> {
+    let mut conn = state.db.acquire().await?;
+    let mut tx = conn.begin().await?;
+    let id = match body {
+        CreateTokenizer::Train(body) => insert_trained(&mut tx, &project.project_id, body).await?,
+        CreateTokenizer::Import(body) => insert_imported(&mut tx, &project.project_id, body).await?,
+    };
+    let row = find(&mut tx, &project.project_id, &id).await?;
+    tx.commit().await?;
+    Ok((StatusCode::CREATED, Json(row.into())))
+}
+
+async fn insert_trained(conn: &mut PgConnection, project_id: &str, body: TrainTokenizer) -> Result<String, ApiError> {
+    let needs = datasets::find_usable(conn, project_id, &body.dataset, "dataset").await?;
+    let id = ids::new("tok");
+    let spec = Spec::Tokenizer { vocabulary: body.vocab_size };
+    let job_id = enqueue(conn, project_id, &body.name, spec, &id, Some(body.dataset.clone()), needs).await?;
+    sqlx::query!(
+        "INSERT INTO tokenizers (id, project_id, name, state, job_id, type, dataset_id, vocabulary, metadata)
+         VALUES ($1, $2, $3, 'queued', $4, 'bpe', $5, $6, $7)",
+        id,
+        project_id,
+        body.name,
+        job_id,
+        body.dataset,
+        body.vocab_size,
+        body.metadata.unwrap_or_default().to_row(),
+    )
+    .execute(conn)
+    .await?;
+    Ok(id)
+}
+
+async fn insert_imported(conn: &mut PgConnection, project_id: &str, body: ImportTokenizer) -> Result<String, ApiError> {
+    sqlx::query_scalar!(
+        "SELECT id FROM files WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > now()) FOR SHARE",
+        body.file,
+        project_id,
+    )
+    .fetch_optional(&mut *conn)
+    .await?
+    .ok_or_else(|| resource::unknown("file", &body.file, "file"))?;
+    let id = ids::new("tok");
+    let spec = Spec::TokenizerImport { file: body.file.clone() };
+    let job_id = enqueue(conn, project_id, &body.name, spec, &id, None, None).await?;
+    sqlx::query!(
+        "INSERT INTO tokenizers (id, project_id, name, state, job_id, type, file_id, metadata) VALUES ($1, $2, $3, 'queued', $4, 'imported', $5, $6)",
+        id,
+        project_id,
+        body.name,
+        job_id,
+        body.file,
+        body.metadata.unwrap_or_default().to_row(),
+    )
+    .execute(conn)
+    .await?;
+    Ok(id)
+}
+
+#[allow(clippy::too_many_arguments)]
+async fn enqueue(
+    conn: &mut PgConnection,
+    project_id: &str,
+    name: &str,
+    spec: Spec,
+    tokenizer_id: &str,
+    dataset_id: Option<String>,
+    needs: Option<String>,
+) -> Result<String, ApiError> {
+    let id = ids::new("job");
+    let job = NewJob {
+        id: id.clone(),
+        project_id: project_id.to_owned(),
+        name: Some(name.to_owned()),
+        spec,
+        request: json!({}),
+        metadata: json!({}),
+        priority: 0,
+        max_attempts: crate::train_request::MAX_ATTEMPTS,
+        devices: 0,
+        dataset_id,
+        validation_dataset_id: None,
+        tokenizer_id: Some(tokenizer_id.to_owned()),
+        base_model_id: None,
+        model_id: None,
+        needs: needs.into_iter().collect(),
+    };
+    queue::enqueue(conn, job).await.map_err(resource::not_enqueued)?;
+    Ok(id)
+}
+
+/// List tokenizers
+#[utoipa::path(get, path = "/v1/tokenizers", operation_id = "list_tokenizers", tag = "tokenizers", params(ListQuery), responses((status = 200, description = "A page", body = List<TokenizerObject>)))]
+async fn list_tokenizers(State(state): State<AppState>, project: Project, Query(query): Query<ListQuery>) -> Result<Json<List<TokenizerObject>>, ApiError> {
+    let mut page = query.first();
+    if let Some(id) = query.after {
+        let created_at = sqlx::query_scalar!("SELECT created_at FROM tokenizers WHERE id = $1 AND project_id = $2", id, project.project_id)
+            .fetch_optional(&state.db)
+            .await?;
+        page = page.after(id, created_at)?;
+    }
+    let rows = sqlx::query_as!(
+        TokenizerRow,
+        r#"SELECT id, name, state AS "state: ResourceState", job_id, type, dataset_id, file_id, vocabulary, added_roles, artifact, sha256, error,
+                  metadata, created_at
+           FROM tokenizers
+           WHERE project_id = $1 AND deleted_at IS NULL AND ($6::text IS NULL OR state = $6) AND ($7::text IS NULL OR name = $7)
+             AND ($2::timestamptz IS NULL OR CASE WHEN $4 THEN (created_at, id) > ($2, $3) ELSE (created_at, id) < ($2, $3) END)
+           ORDER BY CASE WHEN $4 THEN created_at END, CASE WHEN $4 THEN id END, created_at DESC, id DESC LIMIT $5"#,
+        project.project_id,
+        page.after,
+        page.after_id,
+        page.ascending,
+        page.fetch(),
+        query.state.map(StateName::as_str),
+        query.name,
+    )
+    .fetch_all(&state.db)
+    .await?;
+    Ok(Json(List::of(rows.into_iter().map(TokenizerObject::from).collect(), &page, |tokenizer| &tokenizer.id)))
+}
+
+/// Retrieve a tokenizer
+#[utoipa::path(
+    get, path = "/v1/tokenizers/{tokenizer_id}", operation_id = "get_tokenizer", tag = "tokenizers", params(("tokenizer_id" = String, Path)),
+    responses((status = 200, description = "The tokenizer", body = TokenizerObject))
+)]
+async fn get_tokenizer(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<TokenizerObject>, ApiError> {
+    let mut conn = state.db.acquire().await?;
+    Ok(Json(find(&mut conn, &project.project_id, &id).await?.into()))
+}
+
+/// Delete a tokenizer
+///
+/// Refused while unfinished work needs it. Models trained with it keep their own copy.
+#[utoipa::path(
+    delete, path = "/v1/tokenizers/{tokenizer_id}", operation_id = "delete_tokenizer", tag = "tokenizers", params(("tokenizer_id" = String, Path)),
+    responses((status = 200, description = "Deleted", body = Deleted), (status = 409, description = "Unfinished work needs it; the message names it"))
+)]
+async fn delete_tokenizer(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<Deleted>, ApiError> {
+    let mut conn = state.db.acquire().await?;
+    let mut tx = conn.begin().await?;
+    let row = sqlx::query!("SELECT job_id, artifact FROM tokenizers WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR UPDATE", id, project.project_id)
+        .fetch_optional(&mut *tx)
+        .await?
+        .ok_or_else(|| ApiError::not_found("tokenizer", &id))?;
+    let users = sqlx::query_scalar!(
+        "SELECT id FROM jobs WHERE finished_at IS NULL AND id <> $2 AND tokenizer_id = $1 ORDER BY created_at LIMIT 10",
+        id,
+        row.job_id,
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    if !users.is_empty() {
+        return Err(resource::in_use("tokenizer", &id, &users));
+    }
+    resource::stop_making(&mut tx, &row.job_id).await?;
+    sqlx::query!("UPDATE tokenizers SET deleted_at = now(), artifact = NULL WHERE id = $1", id).execute(&mut *tx).await?;
+    tx.commit().await?;
+    resource::remove_artifacts(&state, row.artifact.into_iter().collect()).await;
+    Ok(Json(Deleted { id, object: "tokenizer", deleted: true }))
+}
+
+/// One text.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"text": "What is 2 plus 3?"}))]
+pub struct OneText {
+    text: String,
+}
+
+/// Several texts.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"texts": ["What is 2", "plus 3?"]}))]
+pub struct SeveralTexts {
+    #[schema(min_items = 1, max_items = 10000)]
+    texts: Vec<String>,
+}
+
+/// One text or several.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum TextBody {
+    One(OneText),
+    Several(SeveralTexts),
+}
+
+impl TextBody {
+    fn into_texts(self) -> (Vec<String>, bool) {
+        match self {
+            TextBody::One(OneText { text }) => (vec![text], true),
+            TextBody::Several(SeveralTexts { texts }) => (texts, false),
+        }
+    }
+}
+
+/// `ids` and `tokens` of one text; lists of them for several.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum Encoding {
+    One(OneEncoding),
+    Several(EncodingList),
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct OneEncoding {
+    ids: Vec<u32>,
+    /// How each token is shown by itself.
+    tokens: Vec<String>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct EncodingList {
+    /// One for each text.
+    data: Vec<OneEncoding>,
+}
+
+/// Encode text
+///
+/// Special tokens in the text are text.
+#[utoipa::path(
+    post, path = "/v1/tokenizers/{tokenizer_id}/encode", operation_id = "encode_text", tag = "tokenizers", params(("tokenizer_id" = String, Path)),
+    request_body = TextBody,
+    responses((status = 200, description = "Token ids", body = Encoding), (status = 409, description = "The tokenizer is not ready"))
+)]
+async fn encode_text(State(state): State<AppState>, project: Project, Path(id): Path<String>, Body(body): Body<TextBody>) -> Result<Json<Encoding>, ApiError> {
+    let (texts, one) = body.into_texts();
+    let mut encodings = with_tokenizer(&state, &project, &id, move |tokenizer| {
+        let all = tokenizer.encode_batch(&texts).into_iter();
+        all.map(|ids| OneEncoding { tokens: ids.iter().map(|&id| tokenizer.token_name(id)).collect(), ids }).collect::<Vec<_>>()
+    })
+    .await?;
+    Ok(Json(match encodings.pop() {
+        Some(encoding) if one => Encoding::One(encoding),
+        last => {
+            encodings.extend(last);
+            Encoding::Several(EncodingList { data: encodings })
+        }
+    }))
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"ids": [72, 101, 108, 108, 111]}))]
+pub struct DecodeBody {
+    #[schema(max_items = 1000000)]
+    ids: Vec<u32>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"text": "Hello"}))]
+pub struct Decoding {
+    text: String,
+}
+
+/// Decode token ids
+///
+/// Reserved ids have no text; bytes that are not UTF-8 become U+FFFD.
+#[utoipa::path(
+    post, path = "/v1/tokenizers/{tokenizer_id}/decode", operation_id = "decode_ids", tag = "tokenizers", params(("tokenizer_id" = String, Path)),
+    request_body = DecodeBody,
+    responses(
+        (status = 200, description = "The text", body = Decoding),
+        (status = 409, description = "The tokenizer is not ready"),
+        (status = 422, description = "An id is not in the vocabulary"),
+    )
+)]
+async fn decode_ids(State(state): State<AppState>, project: Project, Path(id): Path<String>, Body(body): Body<DecodeBody>) -> Result<Json<Decoding>, ApiError> {
+    let decoded = with_tokenizer(&state, &project, &id, move |tokenizer| {
+        let vocabulary = tokenizer.vocabulary();
+        match body.ids.iter().position(|&id| i64::from(id) >= vocabulary) {
+            Some(index) => Err(ApiError::unprocessable(
+                "unknown_token",
+                format!("ids[{index}]"),
+                format!("The vocabulary has {vocabulary} ids, so {} is none of them.", body.ids[index]),
+            )),
+            None => Ok(tokenizer.decode(&body.ids)),
+        }
+    });
+    Ok(Json(Decoding { text: decoded.await?? }))
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"count": 7, "counts": [7]}))]
+pub struct TokenCount {
+    /// Tokens in all.
+    count: usize,
+    /// One for each text.
+    counts: Vec<usize>,
+}
+
+/// Count tokens
+#[utoipa::path(
+    post, path = "/v1/tokenizers/{tokenizer_id}/count", operation_id = "count_tokens", tag = "tokenizers", params(("tokenizer_id" = String, Path)),
+    request_body = TextBody,
+    responses((status = 200, description = "How many tokens", body = TokenCount), (status = 409, description = "The tokenizer is not ready"))
+)]
+async fn count_tokens(State(state): State<AppState>, project: Project, Path(id): Path<String>, Body(body): Body<TextBody>) -> Result<Json<TokenCount>, ApiError> {
+    let (texts, _) = body.into_texts();
+    let counts = with_tokenizer(&state, &project, &id, move |tokenizer| tokenizer.encode_batch(&texts).iter().map(Vec::len).collect::<Vec<_>>()).await?;
+    Ok(Json(TokenCount { count: counts.iter().sum(), counts }))
+}
+
+/// Runs `work` with a ready tokenizer of the project, on a thread that may block.
+async fn with_tokenizer<T: Send + 'static>(
+    state: &AppState,
+    project: &Project,
+    id: &str,
+    work: impl FnOnce(&Tokenizer) -> T + Send + 'static,
+) -> Result<T, ApiError> {
+    let mut conn = state.db.acquire().await?;
+    let row = find(&mut conn, &project.project_id, id).await?;
+    drop(conn);
+    let (ResourceState::Ready, Some(artifact)) = (row.state, row.artifact) else {
+        return Err(resource::not_ready("tokenizer", id, row.state));
+    };
+    let (cache, folder) = (state.tokenizers.clone(), state.artifacts.path(&artifact));
+    let done = tokio::task::spawn_blocking(move || {
+        let tokenizer = cache.get_or_load(&artifact, || Tokenizer::load(&folder)).map_err(ApiError::internal)?;
+        Ok(work(&tokenizer))
+    });
+    done.await.map_err(ApiError::internal)?
+}
+
+/// Loaded tokenizers by artifact key. An artifact never changes, so nothing here goes stale.
+#[derive(Default)]
+pub struct TokenizerCache(Mutex<Kept>);
+
+#[derive(Default)]
+struct Kept {
+    clock: u64,
+    tokenizers: HashMap<String, (u64, Arc<Tokenizer>)>,
+}
+
+impl TokenizerCache {
+    /// The tokenizer at `key`; loaded outside the lock, so a slow load delays nobody else.
+    pub fn get_or_load<E>(&self, key: &str, load: impl FnOnce() -> Result<Tokenizer, E>) -> Result<Arc<Tokenizer>, E> {
+        if let Some(tokenizer) = self.touch(key) {
+            return Ok(tokenizer);
+        }
+        let tokenizer = Arc::new(load()?);
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.clock += 1;
+        let clock = kept.clock;
+        kept.tokenizers.insert(key.to_owned(), (clock, tokenizer.clone()));
+        if kept.tokenizers.len() > KEPT {
+            let oldest = kept.tokenizers.iter().min_by_key(|(_, (used, _))| *used).map(|(key, _)| key.clone());
+            oldest.and_then(|oldest| kept.tokenizers.remove(&oldest));
+        }
+        Ok(tokenizer)
+    }
+
+    fn touch(&self, key: &str) -> Option<Arc<Tokenizer>> {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.clock += 1;
+        let clock = kept.clock;
+        let (used, tokenizer) = kept.tokenizers.get_mut(key)?;
+        *used = clock;
+        Some(tokenizer.clone())
+    }
+}

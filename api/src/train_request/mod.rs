@@ -1,0 +1,244 @@
+//! A training request becomes a valid [`JobSpec`] once, at POST; nobody checks it again.
+//!
+//! Three steps: the schema (types, bounds, unknown fields: [`crate::schema`], before a [`TrainBody`]
+//! exists), the contradictions that no schema expresses (422), the defaults that need neither data
+//! nor a device. What needs those stays open in the spec and is written into the row by the first attempt. Nothing here reads the
+//! database; ids are returned for the caller to look up.
+
+mod hyperparameters;
+mod model;
+
+use std::collections::BTreeMap;
+
+use lathe_model::config::{JobSpec, Method, ModelConfig, Objective, SPEC_VERSION, Template, TrainConfig, Validation};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+pub use hyperparameters::{HyperparametersBody, MAX_ATTEMPTS};
+pub use model::ModelBody;
+
+use crate::{metadata::Metadata, problem::ApiError};
+
+/// 422: every field is valid, together they are not.
+fn contradiction(param: &str, message: &str) -> ApiError {
+    ApiError::unprocessable("contradiction", param, message)
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PretrainType {
+    Pretrain,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ObjectiveName {
+    CausalLm,
+}
+
+/// Next-token loss on every token.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PretrainMethod {
+    pub r#type: PretrainType,
+    /// Default: causal_lm.
+    pub objective: Option<ObjectiveName>,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum InstructionType {
+    Instruction,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TemplateName {
+    Ins,
+}
+
+/// Loss on the output and its end token only.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct InstructionMethod {
+    pub r#type: InstructionType,
+    /// Default: ins.
+    pub template: Option<TemplateName>,
+}
+
+/// A share of the training rows, chosen by a seeded hash of their content.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ValidationFraction {
+    #[schema(exclusive_minimum = 0, maximum = 0.5)]
+    pub fraction: f64,
+}
+
+/// Another dataset.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ValidationDataset {
+    pub dataset: String,
+}
+
+/// What to validate on.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum ValidationBody {
+    Fraction(ValidationFraction),
+    Dataset(ValidationDataset),
+}
+
+/// Trains a new model on every token of a dataset.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PretrainBody {
+    pub method: PretrainMethod,
+    pub model: ModelBody,
+    /// Id of a dataset. One that is not ready is waited for.
+    pub dataset: String,
+    /// Id of a tokenizer. One that is not ready is waited for.
+    pub tokenizer: String,
+    /// Absent: nothing is validated on.
+    pub validation: Option<ValidationBody>,
+    pub hyperparameters: Option<HyperparametersBody>,
+    /// The job's name and the model's.
+    #[schema(min_length = 1, max_length = 256)]
+    pub name: Option<String>,
+    /// Higher is claimed sooner. Default: 0.
+    #[schema(minimum = -1000, maximum = 1000)]
+    pub priority: Option<i32>,
+    /// Jobs that must succeed first.
+    #[schema(max_items = 64)]
+    pub after: Option<Vec<String>>,
+    pub metadata: Option<Metadata>,
+}
+
+/// Tunes a model of the project to follow instructions. The shape and the tokenizer are the base's.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct InstructionBody {
+    pub method: InstructionMethod,
+    /// Id of a model. One that is not ready is waited for.
+    pub base_model: String,
+    /// Id of a dataset of conversations. One that is not ready is waited for.
+    pub dataset: String,
+    /// Absent: nothing is validated on.
+    pub validation: Option<ValidationBody>,
+    pub hyperparameters: Option<HyperparametersBody>,
+    /// The job's name and the model's.
+    #[schema(min_length = 1, max_length = 256)]
+    pub name: Option<String>,
+    /// Higher is claimed sooner. Default: 0.
+    #[schema(minimum = -1000, maximum = 1000)]
+    pub priority: Option<i32>,
+    /// Jobs that must succeed first.
+    #[schema(max_items = 64)]
+    pub after: Option<Vec<String>>,
+    pub metadata: Option<Metadata>,
+}
+
+/// A training job to create.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum TrainBody {
+    Pretrain(PretrainBody),
+    Instruction(InstructionBody),
+}
+
+/// What the new model starts from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Origin {
+    /// Fresh weights of this shape over this tokenizer.
+    Fresh { model: ModelConfig, tokenizer: String },
+    /// A model's weights, shape and tokenizer.
+    Base { model: String },
+}
+
+/// A valid request: only the ids are unchecked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainRequest {
+    pub method: Method,
+    pub origin: Origin,
+    pub dataset: String,
+    pub validation: Option<Validation>,
+    pub train: TrainConfig,
+    pub max_attempts: i32,
+    pub name: Option<String>,
+    pub priority: i32,
+    pub after: Vec<String>,
+    pub metadata: BTreeMap<String, String>,
+}
+
+impl TrainRequest {
+    /// The spec, once the shape (the base's, for tuning) is known.
+    pub fn spec(&self, model: ModelConfig) -> JobSpec {
+        JobSpec {
+            spec_version: SPEC_VERSION,
+            method: self.method.clone(),
+            model,
+            validation: self.validation.clone(),
+            train: self.train.clone(),
+        }
+    }
+}
+
+impl TrainBody {
+    /// Checks what the schema cannot, and applies the defaults.
+    pub fn resolve(self) -> Result<TrainRequest, ApiError> {
+        match self {
+            TrainBody::Pretrain(body) => {
+                let method = Method::Pretrain {
+                    objective: match body.method.objective {
+                        Some(ObjectiveName::CausalLm) | None => Objective::CausalLm,
+                    },
+                };
+                let hyperparameters = body.hyperparameters.unwrap_or_default();
+                Ok(TrainRequest {
+                    origin: Origin::Fresh { model: body.model.resolve()?, tokenizer: body.tokenizer },
+                    dataset: body.dataset,
+                    max_attempts: hyperparameters.max_attempts.unwrap_or(MAX_ATTEMPTS),
+                    train: hyperparameters.resolve(&method, body.validation.is_some())?,
+                    validation: body.validation.map(ValidationBody::resolve),
+                    method,
+                    name: body.name,
+                    priority: body.priority.unwrap_or(0),
+                    after: body.after.unwrap_or_default(),
+                    metadata: body.metadata.unwrap_or_default().0,
+                })
+            }
+            TrainBody::Instruction(body) => {
+                let method = Method::Instruction {
+                    template: match body.method.template {
+                        Some(TemplateName::Ins) | None => Template::Ins,
+                    },
+                };
+                let hyperparameters = body.hyperparameters.unwrap_or_default();
+                Ok(TrainRequest {
+                    origin: Origin::Base { model: body.base_model },
+                    dataset: body.dataset,
+                    max_attempts: hyperparameters.max_attempts.unwrap_or(MAX_ATTEMPTS),
+                    train: hyperparameters.resolve(&method, body.validation.is_some())?,
+                    validation: body.validation.map(ValidationBody::resolve),
+                    method,
+                    name: body.name,
+                    priority: body.priority.unwrap_or(0),
+                    after: body.after.unwrap_or_default(),
+                    metadata: body.metadata.unwrap_or_default().0,
+                })
+            }
+        }
+    }
+}
+
+impl ValidationBody {
+    fn resolve(self) -> Validation {
+        match self {
+            ValidationBody::Fraction(ValidationFraction { fraction }) => Validation::Fraction { fraction },
+            ValidationBody::Dataset(ValidationDataset { dataset }) => Validation::Dataset { dataset },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
