@@ -1,7 +1,231 @@
-// The C++ shim over libtorch: what tch does not offer. Every function is `extern "C"`, catches every
-// exception, and reports it through `lathe_last_error`.
+// The C++ shim over libtorch: what tch does not offer. Every function is `extern "C"`, lets no
+// exception out, and leaves the reason of a failure in `lathe_last_error` of the calling thread.
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/_foreach_add.h>
+#include <ATen/ops/_fused_adamw.h>
+#include <torch/version.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <cstdint>
+#include <dlfcn.h>
+#include <string>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+using at::Tensor;
+
+namespace {
+thread_local std::string last_error;
+
+/// Runs `body`; on an exception records its message (without the C++ backtrace) and returns `fallback`.
+template <class Result, class Body>
+Result guarded(Result fallback, Body body) {
+  last_error.clear();
+  try {
+    return body();
+  } catch (const c10::Error& error) {
+    last_error = error.what_without_backtrace();
+  } catch (const std::exception& error) {
+    last_error = error.what();
+  } catch (...) {
+    last_error = "an unknown C++ exception";
+  }
+  if (last_error.empty()) last_error = "an exception without a message";
+  return fallback;
+}
+
+std::vector<Tensor> list(Tensor* const* tensors, int64_t count) {
+  std::vector<Tensor> result;
+  result.reserve(count);
+  for (int64_t i = 0; i < count; i++) result.push_back(*tensors[i]);
+  return result;
+}
+
+/// The gradient of a parameter that no loss reached is zero.
+std::vector<Tensor> gradients(const std::vector<Tensor>& parameters) {
+  std::vector<Tensor> result;
+  result.reserve(parameters.size());
+  for (const auto& parameter : parameters)
+    result.push_back(parameter.grad().defined() ? parameter.grad() : at::zeros_like(parameter));
+  return result;
+}
+
+/// Row i of the result is row `from[i]` of the input. The backward pass gathers with `back`, which
+/// says for each input row where it went, and zeroes the input rows marked in `unused`: several times
+/// faster than the scattered addition of `index_select`, and right because no row is read twice but
+/// by results whose gradient is known to be zero.
+struct MoveRows : torch::autograd::Function<MoveRows> {
+  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& input, const Tensor& from,
+                        const Tensor& back, const Tensor& unused) {
+    context->save_for_backward({back, unused});
+    return input.index_select(0, from);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list gradient) {
+    auto saved = context->get_saved_variables();
+    auto result = gradient[0].index_select(0, saved[0]);
+    if (saved[1].numel() > 0) result.masked_fill_(saved[1], 0);
+    return {result, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+/// Philox4x32-10 (Salmon et al., SC 2011).
+struct Philox {
+  uint32_t key[2];
+
+  void operator()(const uint32_t (&counter)[4], uint32_t (&out)[4]) const {
+    uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
+    uint32_t k0 = key[0], k1 = key[1];
+    for (int round = 0; round < 10; round++) {
+      const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
+      const uint32_t n0 = uint32_t(p1 >> 32) ^ c1 ^ k0, n2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+      c1 = uint32_t(p1), c3 = uint32_t(p0), c0 = n0, c2 = n2;
+      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+  }
+};
+}  // namespace
 
 extern "C" {
-int lathe_shim_abi() { return 1; }
+int lathe_shim_abi() { return 2; }
+
+const char* lathe_last_error() { return last_error.c_str(); }
+
+/// Keeps freed memory in the process: libtorch allocates and frees the same large blocks every step,
+/// and returning them to the kernel costs more than the arithmetic of a small model.
+void lathe_tune_malloc() {
+#ifdef __GLIBC__
+  mallopt(M_ARENA_MAX, 1);
+  mallopt(M_TRIM_THRESHOLD, INT32_MAX);
+  // Older glibc refuses more than half of an arena's largest heap.
+  if (!mallopt(M_MMAP_THRESHOLD, INT32_MAX)) mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TOP_PAD, 64 << 20);
+#endif
+}
+
+int lathe_deterministic() {
+  return guarded(0, [] {
+    auto& context = at::globalContext();
+    context.setDeterministicAlgorithms(true, /*warn_only=*/false);
+    // Filling fresh memory is for finding bugs, and costs a pass over every buffer.
+    context.setDeterministicFillUninitializedMemory(false);
+    context.setBenchmarkCuDNN(false);
+    return 1;
+  });
+}
+
+const char* lathe_instruction_set() {
+  thread_local std::string name;
+  return guarded<const char*>("unknown", [] {
+    name = at::get_cpu_capability();
+    return name.c_str();
+  });
+}
+
+const char* lathe_libtorch_version() { return TORCH_VERSION; }
+
+int lathe_dlopen(const char* path) {
+  last_error.clear();
+  if (dlopen(path, RTLD_NOW | RTLD_GLOBAL)) return 1;
+  const char* reason = dlerror();
+  last_error = reason ? reason : "dlopen failed";
+  return 0;
+}
+
+/// Enters (`on`) or leaves bf16 autocast on this thread. The cache of casted weights is dropped on leaving.
+int lathe_autocast(int cuda, int on) {
+  return guarded(0, [=] {
+    const auto device = cuda ? at::kCUDA : at::kCPU;
+    if (on) {
+      at::autocast::set_autocast_dtype(device, at::kBFloat16);
+      at::autocast::set_autocast_enabled(device, true);
+      at::autocast::set_autocast_cache_enabled(true);
+      at::autocast::increment_nesting();
+    } else {
+      if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
+      at::autocast::set_autocast_enabled(device, false);
+    }
+    return 1;
+  });
+}
+
+Tensor* lathe_move_rows(Tensor* input, Tensor* from, Tensor* back, Tensor* unused) {
+  return guarded<Tensor*>(nullptr, [=] { return new Tensor(MoveRows::apply(*input, *from, *back, *unused)); });
+}
+
+/// The norm over all gradients, one fp32 scalar on the parameters' device.
+Tensor* lathe_gradient_norm(Tensor* const* parameters, int64_t count) {
+  return guarded<Tensor*>(nullptr, [=] {
+    at::NoGradGuard guard;
+    return new Tensor(at::stack(at::_foreach_norm(gradients(list(parameters, count)), 2)).norm());
+  });
+}
+
+int lathe_zero_gradients(Tensor* const* parameters, int64_t count) {
+  return guarded(0, [=] {
+    for (int64_t i = 0; i < count; i++) parameters[i]->mutable_grad() = Tensor();
+    return 1;
+  });
+}
+
+struct LatheAdamw {
+  double learning_rate, beta1, beta2, weight_decay, eps;
+};
+
+/// One fused AdamW step. Gradients are divided by `grad_scale`; where `found_inf` is 1 nothing
+/// changes, the step counters included. Neither is read on the host.
+int lathe_adamw(Tensor* const* parameters, Tensor* const* averages, Tensor* const* squares, Tensor* const* steps,
+                int64_t count, const LatheAdamw* options, Tensor* grad_scale, Tensor* found_inf) {
+  return guarded(0, [=] {
+    at::NoGradGuard guard;
+    auto own = list(parameters, count), first = list(averages, count), second = list(squares, count);
+    auto counters = list(steps, count);
+    // The kernel undoes nothing: a skipped step must not count.
+    at::_foreach_add_(counters, at::rsub(*found_inf, 1));
+    auto grads = gradients(own);
+    at::_fused_adamw_(own, grads, first, second, {}, counters, options->learning_rate, options->beta1, options->beta2,
+                      options->weight_decay, options->eps, /*amsgrad=*/false, /*maximize=*/false, *grad_scale,
+                      *found_inf);
+    return 1;
+  });
+}
+
+struct LatheDropout {
+  uint64_t seed, step;
+  uint32_t layer, site;
+  double probability;
+};
+
+/// A dropout mask (rows, positions, width), fp32: 0 or 1/(1−p). An element is a pure function of
+/// (seed, step, its row's global sequence index, layer, site, position × width + channel).
+Tensor* lathe_dropout_mask(const uint64_t* sequences, int64_t rows, int64_t positions, int64_t width,
+                           const LatheDropout* options) {
+  return guarded<Tensor*>(nullptr, [=] {
+    auto mask = at::empty({rows, positions, width}, at::kFloat);
+    float* out = mask.data_ptr<float>();
+    const Philox philox{{uint32_t(options->seed), uint32_t(options->seed >> 32)}};
+    const float keep = float(1.0 / (1.0 - options->probability));
+    const uint32_t threshold = uint32_t(std::min(options->probability * 4294967296.0, 4294967295.0));
+    const int64_t elements = positions * width;
+    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; row++) {
+        const uint64_t sequence = sequences[row];
+        const uint32_t place = (options->layer << 8 | (options->site & 0xff)) ^ uint32_t(sequence >> 32) * 0x9E3779B9u;
+        for (int64_t element = 0; element < elements; element += 4) {
+          uint32_t bits[4];
+          philox({uint32_t(element / 4), uint32_t(sequence), uint32_t(options->step), place}, bits);
+          for (int64_t i = 0; i < 4 && element + i < elements; i++)
+            out[row * elements + element + i] = bits[i] < threshold ? 0.0f : keep;
+        }
+      }
+    });
+    return new Tensor(mask);
+  });
+}
 }

@@ -1,0 +1,17 @@
+//! The layers that architectures are made of, and the parameters that they share with optimisers and
+//! files.
+//!
+//! Layers read single-device. Methods panic where shapes disagree, as tch does: shapes are checked
+//! when a model is built, and the worker and the engine catch at their borders.
+
+pub mod attention;
+mod dropout;
+mod layers;
+mod parameters;
+mod rotary;
+
+pub use attention::{Attention, AttentionPlan, Blocks};
+pub use dropout::{Dropout, Site};
+pub use layers::{Embedding, Linear, Mlp, NormLayer};
+pub use parameters::{Init, Parameter, Parameters, Part};
+pub use rotary::{Angles, Rotary};

@@ -1,0 +1,252 @@
+//! What libtorch can do and tch does not offer: autocast with a dtype, fused AdamW, deterministic
+//! algorithms, counter-based dropout, the allocator's settings. The only module with `unsafe` code
+//! that calls C++.
+//!
+//! Functions return a [`TensorError`] whose message carries no C++ backtrace.
+
+use std::{
+    ffi::{CStr, CString, c_char, c_int},
+    marker::PhantomData,
+    path::Path,
+    ptr,
+};
+
+use tch::{Device, Tensor};
+use torch_sys::C_tensor;
+
+/// A failure inside libtorch: its first sentence, without the backtrace.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct TensorError(pub String);
+
+impl From<tch::TchError> for TensorError {
+    fn from(error: tch::TchError) -> TensorError {
+        TensorError(trim_backtrace(&error.to_string()))
+    }
+}
+
+/// Cuts what libtorch appends to a message: the C++ frames and the advice to set variables.
+pub fn trim_backtrace(message: &str) -> String {
+    let message = message.strip_prefix("Internal torch error: ").unwrap_or(message);
+    let ends = ["\nException raised from", "\\nException raised from", "\nCUDA kernel errors", "\nframe #0", "\\nframe #0"];
+    let end = ends.iter().filter_map(|mark| message.find(mark)).min().unwrap_or(message.len());
+    message[..end].trim().to_owned()
+}
+
+type Tensors = *const *const C_tensor;
+
+#[repr(C)]
+struct AdamwOptions {
+    learning_rate: f64,
+    beta1: f64,
+    beta2: f64,
+    weight_decay: f64,
+    eps: f64,
+}
+
+#[repr(C)]
+struct DropoutOptions {
+    seed: u64,
+    step: u64,
+    layer: u32,
+    site: u32,
+    probability: f64,
+}
+
+unsafe extern "C" {
+    fn lathe_last_error() -> *const c_char;
+    fn lathe_tune_malloc();
+    fn lathe_deterministic() -> c_int;
+    fn lathe_instruction_set() -> *const c_char;
+    fn lathe_libtorch_version() -> *const c_char;
+    fn lathe_dlopen(path: *const c_char) -> c_int;
+    fn lathe_autocast(cuda: c_int, on: c_int) -> c_int;
+    fn lathe_move_rows(
+        input: *const C_tensor,
+        from: *const C_tensor,
+        back: *const C_tensor,
+        unused: *const C_tensor,
+    ) -> *mut C_tensor;
+    fn lathe_gradient_norm(parameters: Tensors, count: i64) -> *mut C_tensor;
+    fn lathe_zero_gradients(parameters: Tensors, count: i64) -> c_int;
+    fn lathe_adamw(
+        parameters: Tensors,
+        averages: Tensors,
+        squares: Tensors,
+        steps: Tensors,
+        count: i64,
+        options: *const AdamwOptions,
+        grad_scale: *const C_tensor,
+        found_inf: *const C_tensor,
+    ) -> c_int;
+    fn lathe_dropout_mask(
+        sequences: *const u64,
+        rows: i64,
+        positions: i64,
+        width: i64,
+        options: *const DropoutOptions,
+    ) -> *mut C_tensor;
+}
+
+fn last_error() -> TensorError {
+    // SAFETY: the shim returns a NUL-terminated string of this thread, valid until its next call.
+    let message = unsafe { CStr::from_ptr(lathe_last_error()) };
+    TensorError(trim_backtrace(&message.to_string_lossy()))
+}
+
+fn check(status: c_int) -> Result<(), TensorError> {
+    if status == 0 { Err(last_error()) } else { Ok(()) }
+}
+
+fn owned(tensor: *mut C_tensor) -> Result<Tensor, TensorError> {
+    // SAFETY: a non-null result is a fresh tensor on the heap that nobody else owns.
+    if tensor.is_null() { Err(last_error()) } else { Ok(unsafe { Tensor::from_ptr(tensor) }) }
+}
+
+fn pointers(tensors: &[Tensor]) -> Vec<*const C_tensor> {
+    tensors.iter().map(Tensor::as_ptr).collect()
+}
+
+/// What must be set before the first tensor: the allocator and deterministic algorithms.
+///
+/// The environment variables that libraries read when they start (`CUBLAS_WORKSPACE_CONFIG`,
+/// `MKL_CBWR`, `OMP_WAIT_POLICY`) cannot be set from here: whoever starts the process sets them.
+pub fn initialize(threads: usize) -> Result<(), TensorError> {
+    // SAFETY: plain calls without arguments.
+    unsafe { lathe_tune_malloc() };
+    check(unsafe { lathe_deterministic() })?;
+    tch::set_num_threads(threads.max(1) as i32);
+    Ok(())
+}
+
+/// The vector instructions that libtorch's CPU kernels use here, such as `AVX512`.
+pub fn instruction_set() -> String {
+    // SAFETY: the string is thread-local in the shim and copied at once.
+    unsafe { CStr::from_ptr(lathe_instruction_set()) }.to_string_lossy().into_owned()
+}
+
+pub fn libtorch_version() -> String {
+    // SAFETY: a static string.
+    unsafe { CStr::from_ptr(lathe_libtorch_version()) }.to_string_lossy().into_owned()
+}
+
+/// Loads a shared library so that its symbols serve all that follows. Used for libtorch's CUDA half.
+pub fn load_library(path: &Path) -> Result<(), TensorError> {
+    let path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|_| TensorError("the path holds a NUL".into()))?;
+    // SAFETY: the path is NUL-terminated and outlives the call.
+    check(unsafe { lathe_dlopen(path.as_ptr()) })
+}
+
+/// While it lives, matrix products on this thread run in bf16.
+pub struct Autocast {
+    cuda: c_int,
+    /// Autocast is a property of the thread.
+    _not_send: PhantomData<*const ()>,
+}
+
+impl Autocast {
+    pub fn bf16(device: Device) -> Result<Autocast, TensorError> {
+        let cuda = c_int::from(device.is_cuda());
+        // SAFETY: a plain call.
+        check(unsafe { lathe_autocast(cuda, 1) })?;
+        Ok(Autocast { cuda, _not_send: PhantomData })
+    }
+}
+
+impl Drop for Autocast {
+    fn drop(&mut self) {
+        // SAFETY: leaves what `bf16` entered on this thread.
+        unsafe { lathe_autocast(self.cuda, 0) };
+    }
+}
+
+/// Row `from[i]` of `input` (first dimension) for every i. `back[r]` says which result took input row
+/// r; the backward pass gathers with it, and zeroes the rows marked in `unused_r1` (may be empty).
+/// Results beside `back` must have a zero gradient.
+pub fn move_rows(input: &Tensor, from: &Tensor, back: &Tensor, unused_r1: &Tensor) -> Result<Tensor, TensorError> {
+    // SAFETY: borrowed tensors; the shim copies what it keeps.
+    owned(unsafe { lathe_move_rows(input.as_ptr(), from.as_ptr(), back.as_ptr(), unused_r1.as_ptr()) })
+}
+
+/// The 2-norm over all gradients as one scalar on the device; reading it is the caller's decision.
+pub fn gradient_norm(parameters: &[Tensor]) -> Result<Tensor, TensorError> {
+    let pointers = pointers(parameters);
+    // SAFETY: `count` valid tensors.
+    owned(unsafe { lathe_gradient_norm(pointers.as_ptr(), pointers.len() as i64) })
+}
+
+/// Frees every gradient.
+pub fn zero_gradients(parameters: &[Tensor]) -> Result<(), TensorError> {
+    let pointers = pointers(parameters);
+    // SAFETY: `count` valid tensors.
+    check(unsafe { lathe_zero_gradients(pointers.as_ptr(), pointers.len() as i64) })
+}
+
+/// Equally long lists: entry i of each belongs to parameter i.
+pub struct AdamwTensors<'a> {
+    pub parameters: &'a [Tensor],
+    pub averages: &'a [Tensor],
+    pub squares: &'a [Tensor],
+    /// fp32 scalars: steps taken.
+    pub steps: &'a [Tensor],
+    /// fp32 scalar by which gradients are divided.
+    pub grad_scale: &'a Tensor,
+    /// fp32 scalar: 1 skips the step.
+    pub found_inf: &'a Tensor,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct AdamwStep {
+    pub learning_rate: f64,
+    pub betas: [f64; 2],
+    pub eps: f64,
+    pub weight_decay: f64,
+}
+
+pub fn adamw(tensors: &AdamwTensors, step: AdamwStep) -> Result<(), TensorError> {
+    let lists = [tensors.parameters, tensors.averages, tensors.squares, tensors.steps].map(pointers);
+    assert!(lists.iter().all(|list| list.len() == lists[0].len()), "AdamW's lists differ in length");
+    let options = AdamwOptions {
+        learning_rate: step.learning_rate,
+        beta1: step.betas[0],
+        beta2: step.betas[1],
+        weight_decay: step.weight_decay,
+        eps: step.eps,
+    };
+    // SAFETY: four lists of `count` valid tensors and two scalars, all borrowed for the call.
+    check(unsafe {
+        lathe_adamw(
+            lists[0].as_ptr(),
+            lists[1].as_ptr(),
+            lists[2].as_ptr(),
+            lists[3].as_ptr(),
+            lists[0].len() as i64,
+            ptr::from_ref(&options),
+            tensors.grad_scale.as_ptr(),
+            tensors.found_inf.as_ptr(),
+        )
+    })
+}
+
+/// Where a dropout mask stands in a run; with the sequence index and the element it decides every bit.
+#[derive(Clone, Copy, Debug)]
+pub struct DropoutPlace {
+    pub seed: u64,
+    pub step: u64,
+    pub layer: u32,
+    pub site: u32,
+    pub probability: f64,
+}
+
+/// A mask `(sequences, positions, width)`, fp32 on the CPU, of zeros and 1/(1−p).
+pub fn dropout_mask(sequences: &[u64], positions: i64, width: i64, place: DropoutPlace) -> Result<Tensor, TensorError> {
+    let options = DropoutOptions {
+        seed: place.seed,
+        step: place.step,
+        layer: place.layer,
+        site: place.site,
+        probability: place.probability,
+    };
+    // SAFETY: `rows` indices are read during the call.
+    owned(unsafe { lathe_dropout_mask(sequences.as_ptr(), sequences.len() as i64, positions, width, ptr::from_ref(&options)) })
+}
