@@ -94,6 +94,11 @@ impl Writer {
         self.manifest.rows
     }
 
+    /// Bytes of `rows.jsonl` so far.
+    pub fn bytes_written(&self) -> u64 {
+        self.offset
+    }
+
     pub fn push(&mut self, row: &Row) -> io::Result<()> {
         let mut line = serde_json::to_vec(row)?;
         let hash: [u8; 16] = Sha256::digest(&line)[..16].try_into().expect("a digest has 32 bytes");

@@ -5,6 +5,8 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::spec::{Documents, Format, OnBadRow};
+
 /// Everything that one ingestion needs; all paths are local.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -62,40 +64,6 @@ pub struct InputFile {
     /// As it was uploaded; its ending helps to recognise the format.
     pub name: String,
     pub path: PathBuf,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Format {
-    /// By the content, then by the name.
-    #[default]
-    Auto,
-    Text,
-    Jsonl,
-    /// One array of rows, or objects one after another on any number of lines.
-    Json,
-    Csv,
-    Parquet,
-}
-
-/// Where a plain text is cut into documents.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Documents {
-    #[default]
-    File,
-    BlankLine,
-    Line,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OnBadRow {
-    /// The dataset fails, and says where its bad rows are.
-    #[default]
-    Reject,
-    /// The dataset is made of the other rows.
-    Skip,
 }
 
 /// A part of a row.
