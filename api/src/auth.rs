@@ -16,6 +16,7 @@ use axum::{
     middleware::Next,
     response::Response,
 };
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use lathe_jobs::ids;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -145,9 +146,14 @@ pub struct NewKey {
     pub secret: String,
 }
 
+/// A new key's secret: 256 random bits.
+pub fn new_secret() -> String {
+    format!("sk-lathe-{}", URL_SAFE_NO_PAD.encode(rand::random::<[u8; 32]>()))
+}
+
 /// Makes a key for a project that exists.
 pub async fn create_key(conn: &mut PgConnection, project_id: &str, name: Option<&str>, scope: Scope) -> Result<NewKey, sqlx::Error> {
-    let secret = format!("lathe-{}", ids::secret());
+    let secret = new_secret();
     let id = insert_key(conn, project_id, name, scope, &secret).await?;
     Ok(NewKey { id, secret })
 }

@@ -6,22 +6,39 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use axum::http::HeaderValue;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum, builder::FalseyValueParser};
 use lathe_jobs::runner::RunnerConfig;
 
 use crate::state::ApiConfig;
+
+/// The variable by which `serve` hands its listening socket to the api, so that the port outlives a
+/// restart and clients wait instead of being refused.
+pub const LISTEN_FD: &str = "LATHE_LISTEN_FD";
 
 #[derive(Debug, Parser)]
 #[command(name = "lathe", version, about = "A corpus becomes a language model that answers over HTTP.", max_term_width = 100)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
+    #[command(flatten)]
+    pub log: LogOptions,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct LogOptions {
     /// How log lines look.
     #[arg(long, global = true, env = "LATHE_LOG_FORMAT", default_value = "text")]
     pub log_format: LogFormat,
     /// What is logged, by module: `info`, `lathe_jobs=debug`, …
     #[arg(long, global = true, env = "LATHE_LOG", default_value = "info,sqlx=warn", value_name = "FILTER")]
     pub log: String,
+}
+
+impl LogOptions {
+    /// The twins that say the same to a child.
+    pub fn environment(&self) -> Vec<(&'static str, String)> {
+        vec![("LATHE_LOG_FORMAT", self.log_format.as_str().to_owned()), ("LATHE_LOG", self.log.clone())]
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -119,6 +136,9 @@ pub struct ApiOptions {
     /// The address to serve HTTP on.
     #[arg(long, env = "LATHE_LISTEN", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
     pub listen: SocketAddr,
+    /// A listening socket that the parent opened, instead of `listen`.
+    #[arg(long, env = LISTEN_FD, hide = true)]
+    pub listen_fd: Option<i32>,
     /// The first admin key; without it, one is made and kept in the data directory.
     #[arg(long, env = "LATHE_API_KEY", hide_env_values = true, value_name = "KEY")]
     pub api_key: Option<String>,
@@ -146,6 +166,25 @@ pub struct ApiOptions {
 }
 
 impl ApiOptions {
+    /// The twins that say the same to a child.
+    pub fn environment(&self) -> Vec<(&'static str, String)> {
+        let mut pairs = vec![
+            ("LATHE_LISTEN", self.listen.to_string()),
+            ("LATHE_FILE_LIMIT", self.file_limit.to_string()),
+            ("LATHE_PART_LIMIT", self.part_limit.to_string()),
+            ("LATHE_HEADER_SECONDS", self.header_seconds.to_string()),
+            ("LATHE_IDLE_BODY_SECONDS", self.idle_body_seconds.to_string()),
+            ("LATHE_DISK_LOW", self.disk_low_bytes.to_string()),
+        ];
+        pairs.extend(self.api_key.clone().map(|key| ("LATHE_API_KEY", key)));
+        pairs.extend(self.metrics_token.clone().map(|token| ("LATHE_METRICS_TOKEN", token)));
+        if !self.cors_origins.is_empty() {
+            let origins: Vec<&str> = self.cors_origins.iter().filter_map(|origin| origin.to_str().ok()).collect();
+            pairs.push(("LATHE_CORS_ORIGIN", origins.join(",")));
+        }
+        pairs
+    }
+
     pub fn config(&self) -> ApiConfig {
         ApiConfig {
             file_limit: self.file_limit,
@@ -173,17 +212,26 @@ pub struct RunnerArgs {
 #[derive(Clone, Debug, Args)]
 pub struct RunnerOptions {
     /// Seconds after which a runner that is not heard of has lost its jobs.
-    #[arg(long, env = "LATHE_LEASE_SECONDS", default_value_t = 10.0, value_name = "SECONDS")]
+    #[arg(long, env = "LATHE_LEASE_SECONDS", default_value_t = 10.0, value_parser = lease_seconds, value_name = "SECONDS")]
     pub lease_seconds: f64,
     /// The address on which engines and ranks listen; they have weaker protection than the API.
     #[arg(long, env = "LATHE_INTERNAL_ADDR", default_value = "127.0.0.1", value_name = "ADDRESS")]
     pub internal_addr: std::net::IpAddr,
     /// Decode in batches of one fixed shape, so that no answer depends on its neighbours at all.
-    #[arg(long, env = "LATHE_DETERMINISTIC_DECODE")]
+    #[arg(long, env = "LATHE_DETERMINISTIC_DECODE", value_parser = FalseyValueParser::new())]
     pub deterministic_decode: bool,
 }
 
 impl RunnerOptions {
+    /// The twins that say the same to a child.
+    pub fn environment(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("LATHE_LEASE_SECONDS", self.lease_seconds.to_string()),
+            ("LATHE_INTERNAL_ADDR", self.internal_addr.to_string()),
+            ("LATHE_DETERMINISTIC_DECODE", self.deterministic_decode.to_string()),
+        ]
+    }
+
     pub fn config(&self, database_url: String, artifacts: PathBuf) -> RunnerConfig {
         RunnerConfig {
             database_url,
@@ -192,6 +240,14 @@ impl RunnerOptions {
             internal_addr: self.internal_addr,
             deterministic_decode: self.deterministic_decode,
         }
+    }
+}
+
+/// Heartbeats are a fraction of a lease, so a very short one would be all heartbeats.
+fn lease_seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (1.0..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("a lease lasts 1 to 3600 seconds".to_owned()),
     }
 }
 
@@ -252,4 +308,34 @@ pub struct DemoConfig {
     /// Instructions to tune on, beside a corpus.
     #[arg(long, env = "INSTRUCTIONS", requires = "corpus", value_name = "FILE")]
     pub instructions: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    /// Whatever `serve` takes for its parts must reach them.
+    #[test]
+    fn every_option_is_passed_on() {
+        let cli = Cli::try_parse_from([
+            "lathe", "serve", "--api-key", "k", "--metrics-token", "t", "--cors-origin", "http://a", "--cors-origin", "http://b", "--deterministic-decode",
+        ]);
+        let Command::Serve(args) = cli.expect("the flags are known").command else { panic!("another command") };
+        for (group, passed) in [
+            (ApiOptions::augment_args(clap::Command::new("api")), args.api.environment()),
+            (RunnerOptions::augment_args(clap::Command::new("runner")), args.runner.environment()),
+        ] {
+            for twin in group.get_arguments().filter_map(|argument| argument.get_env()?.to_str()).filter(|twin| *twin != LISTEN_FD) {
+                assert!(passed.iter().any(|(name, _)| *name == twin), "{twin} is not passed on");
+            }
+        }
+        assert!(args.api.environment().contains(&("LATHE_CORS_ORIGIN", "http://a,http://b".to_owned())));
+    }
 }

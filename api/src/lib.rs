@@ -6,22 +6,27 @@
 //! the OpenAPI document ([`openapi`]) shows. Refusals are [`problem::ApiError`]s.
 
 pub mod auth;
+pub mod children;
 pub mod config;
+pub mod datadir;
 pub mod demo;
 pub mod engine_server;
 pub mod idempotency;
 pub mod keys;
 pub mod logging;
 pub mod metadata;
+pub mod migrate;
 pub mod openapi;
 pub mod page;
 pub mod parse;
+pub mod postgres;
 pub mod problem;
 pub mod resource;
 pub mod routes;
 pub mod schema;
 pub mod server;
 pub mod state;
+pub mod supervisor;
 pub mod train_request;
 
 /// The schema, embedded in the binary.

@@ -8,22 +8,23 @@ use std::{error::Error, future::Future, io::Write, process::ExitCode};
 use clap::Parser;
 use lathe_api::{
     auth,
-    config::{ApiArgs, Cli, Command, DatabaseArgs},
-    demo, engine_server, keys, logging, openapi, server,
+    config::{ApiArgs, Cli, Command, DatabaseArgs, KeyCommand, LogOptions},
+    demo, engine_server, keys, logging, migrate, openapi, server,
     state::AppState,
+    supervisor::{self, Database, ServeError},
 };
 use lathe_jobs::{artifacts::Artifacts, runner};
-use sqlx::{Connection, PgConnection, postgres::PgPoolOptions};
+use sqlx::postgres::PgPoolOptions;
 use tokio::signal::unix::{SignalKind, signal};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if let Err(sentence) = logging::install(cli.log_format, &cli.log) {
+    if let Err(sentence) = logging::install(&cli.log) {
         return failed(sentence);
     }
-    match run(cli.command) {
+    match run(cli.command, &cli.log) {
         Ok(status) => status,
         Err(error) => failed(error),
     }
@@ -34,7 +35,7 @@ fn failed(error: impl std::fmt::Display) -> ExitCode {
     ExitCode::FAILURE
 }
 
-fn run(command: Command) -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
+fn run(command: Command, log: &LogOptions) -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
     // Tensor work has threads of its own, set before the first tensor; tokio is for the others.
     if let Command::Worker = command {
         return Ok(ExitCode::from(u8::try_from(lathe_model::worker::run()).unwrap_or(1)));
@@ -42,7 +43,7 @@ fn run(command: Command) -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         match command {
-            Command::Serve(_) => Err("not built yet".into()),
+            Command::Serve(args) => Ok(supervisor::serve(&args, log, stopped()?).await?),
             Command::Api(args) => run_api(*args).await,
             Command::Runner(args) => {
                 let config = args.options.config(required(&args.database)?, args.store.folder(&args.database));
@@ -50,14 +51,21 @@ fn run(command: Command) -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
             }
             Command::Engine(args) => Ok(engine_server::run(args, stopped()?).await?),
             Command::Demo(config) => Ok(demo::run(config, stopped()?).await?),
-            Command::Migrate(database) => {
-                let mut conn = PgConnection::connect(&required(&database)?).await?;
-                Ok(lathe_api::MIGRATOR.run(&mut conn).await?)
+            Command::Migrate(args) => {
+                let database = Database::attach(&args).await?;
+                let migrated = match database.connect().await {
+                    Ok(mut conn) => migrate::run(&mut conn).await.map_err(ServeError::from),
+                    Err(error) => Err(error),
+                };
+                database.close().await;
+                Ok(migrated?)
             }
             Command::Openapi => Ok(std::io::stdout().write_all(openapi::text().as_bytes())?),
             Command::Key(args) => {
-                let mut conn = PgConnection::connect(&required(&args.database)?).await?;
-                Ok(std::io::stdout().write_all(keys::run(&mut conn, &args.command).await?.as_bytes())?)
+                let database = Database::attach(&args.database).await?;
+                let done = run_key(&database, &args.command).await;
+                database.close().await;
+                Ok(std::io::stdout().write_all(done?.as_bytes())?)
             }
             Command::Worker => Ok(()),
         }
@@ -65,22 +73,29 @@ fn run(command: Command) -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
     Ok(ExitCode::SUCCESS)
 }
 
+async fn run_key(database: &Database, command: &KeyCommand) -> Result<String, Box<dyn Error + Send + Sync>> {
+    let mut conn = database.connect().await?;
+    migrate::run(&mut conn).await?;
+    Ok(keys::run(&mut conn, command).await?)
+}
+
 async fn run_api(args: ApiArgs) -> Outcome {
     let database_url = required(&args.database)?;
     let db = PgPoolOptions::new().max_connections(16).connect(&database_url).await?;
-    if let Some(key) = &args.options.api_key {
-        let mut conn = db.acquire().await?;
+    let mut conn = db.acquire().await?;
+    migrate::check(&mut conn).await?;
+    if let Some(key) = args.options.api_key.as_deref().filter(|key| !key.is_empty()) {
         auth::bootstrap(&mut conn, key).await?;
     }
+    drop(conn);
     let artifacts = Artifacts::open(args.store.folder(&args.database))?;
-    let listener = tokio::net::TcpListener::bind(args.options.listen).await?;
     let state = AppState::new(db, artifacts, args.options.config());
     let (stop, shutdown) = (stopped()?, state.shutdown.clone());
     tokio::spawn(async move {
         stop.await;
         shutdown.cancel();
     });
-    Ok(server::serve(listener, state).await?)
+    Ok(server::serve(supervisor::listener(&args.options)?, state).await?)
 }
 
 fn required(database: &DatabaseArgs) -> Result<String, &'static str> {
