@@ -16,6 +16,7 @@ pub mod keys;
 pub mod logging;
 pub mod metadata;
 pub mod migrate;
+pub mod multipart;
 pub mod openapi;
 pub mod page;
 pub mod parse;

@@ -83,8 +83,11 @@ pub struct RequestCounts(Mutex<BTreeMap<(String, String, u16), u64>>);
 
 impl RequestCounts {
     pub fn add(&self, method: &Method, route: &str, status: StatusCode) {
+        // A closed set, so that no client grows the map with methods of its own.
+        let known = [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::PATCH, Method::DELETE, Method::OPTIONS];
+        let method = if known.contains(method) { method.as_str() } else { "other" };
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *counts.entry((method.to_string(), route.to_owned(), status.as_u16())).or_default() += 1;
+        *counts.entry((method.to_owned(), route.to_owned(), status.as_u16())).or_default() += 1;
     }
 
     pub fn snapshot(&self) -> BTreeMap<(String, String, u16), u64> {

@@ -1,9 +1,13 @@
 //! One resource per file: shapes, handlers and their own SQL. Paths are written in full.
 
 pub mod datasets;
+pub mod files;
 pub mod health;
 pub mod projects;
+pub mod prometheus;
+pub mod runners;
 pub mod tokenizers;
+pub mod uploads;
 
 use axum::middleware;
 use utoipa_axum::router::OpenApiRouter;
@@ -25,10 +29,16 @@ pub fn router(state: &AppState) -> OpenApiRouter<AppState> {
 
 /// Routes that check for themselves who asks, or that anyone may ask.
 fn public() -> OpenApiRouter<AppState> {
-    OpenApiRouter::new().merge(health::router())
+    OpenApiRouter::new().merge(health::router()).merge(prometheus::router())
 }
 
 /// One line per resource.
 fn keyed() -> OpenApiRouter<AppState> {
-    OpenApiRouter::new().merge(projects::router()).merge(datasets::router()).merge(tokenizers::router())
+    OpenApiRouter::new()
+        .merge(projects::router())
+        .merge(files::router())
+        .merge(uploads::router())
+        .merge(datasets::router())
+        .merge(tokenizers::router())
+        .merge(runners::router())
 }

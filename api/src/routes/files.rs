@@ -1,0 +1,422 @@
+//! `/v1/files`: uploaded bytes, in OpenAI's shapes.
+//!
+//! A file is streamed to the artifact store and registered when it is whole, so a row always has its
+//! bytes. A deleted file's row stays as a tombstone for lineage; its bytes go.
+
+use axum::{
+    Json,
+    body::Body,
+    extract::{Request, State},
+    http::{HeaderMap, HeaderValue, header},
+    response::Response,
+};
+use lathe_jobs::{artifacts::Written, ids};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sqlx::{PgConnection, PgPool};
+use time::OffsetDateTime;
+use tokio_util::io::ReaderStream;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::{
+    auth::Project,
+    metadata::Metadata,
+    multipart::{self, Expected},
+    page::{List, Order, Page},
+    parse::{self, Path, Query},
+    problem::ApiError,
+    schema,
+    state::AppState,
+};
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(create_file, list_files))
+        .routes(routes!(get_file, delete_file))
+        .routes(routes!(get_file_content))
+}
+
+/// What a file is for. Lathe treats all alike; the set is OpenAI's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Purpose {
+    Assistants,
+    Batch,
+    #[serde(rename = "fine-tune")]
+    FineTune,
+    Vision,
+    UserData,
+    Evals,
+}
+
+impl Purpose {
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Purpose::Assistants => "assistants",
+            Purpose::Batch => "batch",
+            Purpose::FineTune => "fine-tune",
+            Purpose::Vision => "vision",
+            Purpose::UserData => "user_data",
+            Purpose::Evals => "evals",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Anchor {
+    CreatedAt,
+}
+
+/// When the file deletes itself. In a form: `expires_after[anchor]` and `expires_after[seconds]`.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"anchor": "created_at", "seconds": 86400}))]
+pub struct ExpiresAfter {
+    #[allow(dead_code, reason = "its one value says all")]
+    anchor: Anchor,
+    #[schema(minimum = 3600, maximum = 2592000)]
+    pub(super) seconds: i64,
+}
+
+/// The form's fields besides the file.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct FileFields {
+    #[schema(inline)]
+    purpose: Purpose,
+    #[schema(inline)]
+    expires_after: Option<ExpiresAfter>,
+    #[schema(inline)]
+    metadata: Option<Metadata>,
+}
+
+/// The form of an upload.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "describes the form, which is read as a stream")]
+pub struct CreateFile {
+    #[schema(value_type = String, format = Binary, content_media_type = "application/octet-stream")]
+    file: Vec<u8>,
+    purpose: Purpose,
+    expires_after: Option<ExpiresAfter>,
+    /// As JSON text.
+    metadata: Option<Metadata>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct FileObject {
+    #[schema(examples("file-01J8Z0M5V4Q1X7Y2K3N6R9T0WB"))]
+    pub id: String,
+    #[schema(examples("file"))]
+    pub object: &'static str,
+    pub bytes: i64,
+    /// Unix seconds.
+    pub created_at: i64,
+    pub expires_at: Option<i64>,
+    pub filename: String,
+    #[schema(examples("fine-tune"))]
+    pub purpose: String,
+    #[schema(examples("processed"))]
+    pub status: &'static str,
+    pub status_details: Option<String>,
+    /// Of the content, in hex.
+    pub sha256: String,
+    pub metadata: Metadata,
+}
+
+/// A row of `files` as it is answered.
+pub(super) struct FileRow {
+    pub id: String,
+    pub bytes: i64,
+    pub created_at: OffsetDateTime,
+    pub expires_at: Option<OffsetDateTime>,
+    pub filename: String,
+    pub purpose: String,
+    pub sha256: String,
+    pub metadata: Value,
+}
+
+impl From<FileRow> for FileObject {
+    fn from(row: FileRow) -> FileObject {
+        FileObject {
+            id: row.id,
+            object: "file",
+            bytes: row.bytes,
+            created_at: row.created_at.unix_timestamp(),
+            expires_at: row.expires_at.map(OffsetDateTime::unix_timestamp),
+            filename: row.filename,
+            purpose: row.purpose,
+            status: "processed",
+            status_details: None,
+            sha256: row.sha256,
+            metadata: Metadata::from_row(row.metadata),
+        }
+    }
+}
+
+/// A file about to be registered; its bytes lie in the store already.
+pub(super) struct NewFile<'a> {
+    pub id: &'a str,
+    pub project_id: &'a str,
+    pub filename: &'a str,
+    pub purpose: &'a str,
+    pub written: &'a Written,
+    pub metadata: &'a Metadata,
+    pub expires_after: Option<i64>,
+}
+
+pub(super) fn artifact_key(file_id: &str) -> String {
+    format!("files/{file_id}")
+}
+
+pub(super) async fn insert_file(conn: &mut PgConnection, file: NewFile<'_>) -> Result<FileRow, sqlx::Error> {
+    sqlx::query_as!(
+        FileRow,
+        "INSERT INTO files (id, project_id, filename, purpose, bytes, sha256, artifact, metadata, expires_at)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, now() + make_interval(secs => $9::bigint))
+         RETURNING id, bytes, created_at, expires_at, filename, purpose, sha256, metadata",
+        file.id,
+        file.project_id,
+        file.filename,
+        file.purpose,
+        i64::try_from(file.written.bytes).unwrap_or(i64::MAX),
+        file.written.sha256,
+        artifact_key(file.id),
+        file.metadata.to_row(),
+        file.expires_after,
+    )
+    .fetch_one(conn)
+    .await
+}
+
+/// Removes an artifact on a thread that may block; what stays is swept by housekeeping.
+pub(super) async fn remove_artifact(state: &AppState, key: String) {
+    let artifacts = state.artifacts.clone();
+    let removed = tokio::task::spawn_blocking(move || artifacts.remove(&key)).await;
+    match removed {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "an artifact could not be removed"),
+        Err(error) => tracing::warn!(%error, "an artifact could not be removed"),
+    }
+}
+
+/// Upload a file
+///
+/// Streamed to disk; at most 8 GiB unless configured otherwise. For more than that connection can
+/// carry at once, see `uploads`.
+#[utoipa::path(
+    post, path = "/v1/files", operation_id = "create_file", tag = "files",
+    request_body(content = CreateFile, content_type = "multipart/form-data"),
+    responses((status = 200, description = "The file", body = FileObject), (status = 507, description = "The disk is full"))
+)]
+async fn create_file(State(state): State<AppState>, caller: Project, request: Request) -> Result<Json<FileObject>, ApiError> {
+    let retried = is_retry(request.headers());
+    let id = ids::new_dashed("file");
+    let expected = Expected {
+        file_field: "file",
+        texts: &["purpose", "expires_after[anchor]", "expires_after[seconds]", "metadata"],
+        key: &artifact_key(&id),
+        limit: state.config.file_limit,
+    };
+    let received = multipart::receive(&state, request, expected).await?;
+    let fields: FileFields = schema::read(form_value(received.texts)?)?;
+    let written = received.upload.finish().await?;
+    let file = NewFile {
+        id: &id,
+        project_id: &caller.project_id,
+        filename: &received.filename,
+        purpose: fields.purpose.as_str(),
+        written: &written,
+        metadata: &fields.metadata.unwrap_or_default(),
+        expires_after: fields.expires_after.map(|expiry| expiry.seconds),
+    };
+    match register(&state.db, file, retried).await {
+        Ok(row) => {
+            if row.id != id {
+                remove_artifact(&state, artifact_key(&id)).await;
+            }
+            Ok(Json(row.into()))
+        }
+        Err(error) => {
+            remove_artifact(&state, artifact_key(&id)).await;
+            Err(error.into())
+        }
+    }
+}
+
+/// Inserts the row; for an SDK's retry, the file that its earlier attempt made is the answer.
+async fn register(db: &PgPool, file: NewFile<'_>, retried: bool) -> Result<FileRow, sqlx::Error> {
+    let mut conn = db.acquire().await?;
+    if retried {
+        let earlier = sqlx::query_as!(
+            FileRow,
+            "SELECT id, bytes, created_at, expires_at, filename, purpose, sha256, metadata FROM files
+             WHERE project_id = $1 AND filename = $2 AND purpose = $3 AND sha256 = $4
+               AND deleted_at IS NULL AND created_at > now() - interval '10 minutes'
+             ORDER BY created_at DESC LIMIT 1",
+            file.project_id,
+            file.filename,
+            file.purpose,
+            file.written.sha256,
+        )
+        .fetch_optional(&mut *conn)
+        .await?;
+        if let Some(row) = earlier {
+            return Ok(row);
+        }
+    }
+    insert_file(&mut conn, file).await
+}
+
+fn is_retry(headers: &HeaderMap) -> bool {
+    let count = headers.get("x-stainless-retry-count").and_then(|count| count.to_str().ok()).and_then(|count| count.parse::<u32>().ok());
+    count.is_some_and(|count| count > 0)
+}
+
+/// The form's texts as the JSON object that they stand for.
+fn form_value(texts: std::collections::BTreeMap<String, String>) -> Result<Value, ApiError> {
+    let mut object = serde_json::Map::new();
+    let mut expiry = serde_json::Map::new();
+    for (name, text) in texts {
+        match name.as_str() {
+            "expires_after[anchor]" => drop(expiry.insert("anchor".to_owned(), text.into())),
+            "expires_after[seconds]" => drop(expiry.insert("seconds".to_owned(), text.parse::<i64>().map_or_else(|_| text.into(), Value::from))),
+            "metadata" => {
+                let metadata = parse::json(text.as_bytes()).map_err(|error| error.with_param("metadata"))?;
+                object.insert(name, metadata);
+            }
+            _ => drop(object.insert(name, text.into())),
+        }
+    }
+    if !expiry.is_empty() {
+        object.insert("expires_after".to_owned(), expiry.into());
+    }
+    Ok(object.into())
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ListFiles {
+    /// The id of the last item of the page before.
+    after: Option<String>,
+    #[param(minimum = 1, maximum = 10000, default = 10000)]
+    limit: Option<i64>,
+    #[param(inline)]
+    order: Option<Order>,
+    #[param(inline)]
+    purpose: Option<Purpose>,
+}
+
+/// List files
+#[utoipa::path(get, path = "/v1/files", operation_id = "list_files", tag = "files", params(ListFiles), responses((status = 200, description = "A page", body = List<FileObject>)))]
+async fn list_files(State(state): State<AppState>, caller: Project, Query(query): Query<ListFiles>) -> Result<Json<List<FileObject>>, ApiError> {
+    let mut page = Page::first(query.limit.unwrap_or(10_000), query.order);
+    if let Some(id) = query.after {
+        let created_at = sqlx::query_scalar!("SELECT created_at FROM files WHERE id = $1 AND project_id = $2", id, caller.project_id)
+            .fetch_optional(&state.db)
+            .await?;
+        page = page.after(id, created_at)?;
+    }
+    let rows = sqlx::query_as!(
+        FileRow,
+        "SELECT id, bytes, created_at, expires_at, filename, purpose, sha256, metadata FROM files
+         WHERE project_id = $1 AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+           AND ($6::text IS NULL OR purpose = $6)
+           AND ($2::timestamptz IS NULL OR CASE WHEN $4 THEN (created_at, id) > ($2, $3) ELSE (created_at, id) < ($2, $3) END)
+         ORDER BY CASE WHEN $4 THEN created_at END, CASE WHEN $4 THEN id END, created_at DESC, id DESC LIMIT $5",
+        caller.project_id,
+        page.after,
+        page.after_id,
+        page.ascending,
+        page.fetch(),
+        query.purpose.map(Purpose::as_str),
+    )
+    .fetch_all(&state.db)
+    .await?;
+    Ok(Json(List::of(rows.into_iter().map(FileObject::from).collect(), &page, |file| &file.id)))
+}
+
+pub(super) async fn find_file(db: &PgPool, project_id: &str, id: &str) -> Result<FileRow, ApiError> {
+    sqlx::query_as!(
+        FileRow,
+        "SELECT id, bytes, created_at, expires_at, filename, purpose, sha256, metadata FROM files
+         WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > now())",
+        id,
+        project_id,
+    )
+    .fetch_optional(db)
+    .await?
+    .ok_or_else(|| ApiError::not_found("file", id))
+}
+
+/// Get a file
+#[utoipa::path(get, path = "/v1/files/{file_id}", operation_id = "get_file", tag = "files", params(("file_id" = String, Path)), responses((status = 200, description = "The file", body = FileObject)))]
+async fn get_file(State(state): State<AppState>, caller: Project, Path(id): Path<String>) -> Result<Json<FileObject>, ApiError> {
+    Ok(Json(find_file(&state.db, &caller.project_id, &id).await?.into()))
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct DeletedFile {
+    id: String,
+    #[schema(examples("file"))]
+    object: &'static str,
+    deleted: bool,
+}
+
+/// Delete a file
+///
+/// Refused while a dataset or tokenizer that is still being made needs it.
+#[utoipa::path(
+    delete, path = "/v1/files/{file_id}", operation_id = "delete_file", tag = "files", params(("file_id" = String, Path)),
+    responses((status = 200, description = "Deleted", body = DeletedFile), (status = 409, description = "Something unfinished needs it; the message names what"))
+)]
+async fn delete_file(State(state): State<AppState>, caller: Project, Path(id): Path<String>) -> Result<Json<DeletedFile>, ApiError> {
+    let mut transaction = state.db.begin().await?;
+    // The lock waits for, and then shuts out, whoever is about to refer to the file.
+    let artifact = sqlx::query_scalar!("SELECT artifact FROM files WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR UPDATE", id, caller.project_id)
+        .fetch_optional(&mut *transaction)
+        .await?
+        .ok_or_else(|| ApiError::not_found("file", &id))?;
+    let users = sqlx::query_scalar!(
+        r#"SELECT d.id AS "id!" FROM datasets d JOIN dataset_files f ON f.dataset_id = d.id
+           WHERE f.file_id = $1 AND d.state IN ('queued', 'running') AND d.deleted_at IS NULL
+           UNION ALL
+           SELECT id FROM tokenizers WHERE file_id = $1 AND state IN ('queued', 'running') AND deleted_at IS NULL
+           LIMIT 10"#,
+        id,
+    )
+    .fetch_all(&mut *transaction)
+    .await?;
+    if !users.is_empty() {
+        return Err(ApiError::conflict(format!("The file `{id}` is needed by {} until they are finished.", users.join(", "))).with_code("in_use"));
+    }
+    sqlx::query!("UPDATE files SET deleted_at = now() WHERE id = $1", id).execute(&mut *transaction).await?;
+    transaction.commit().await?;
+    remove_artifact(&state, artifact).await;
+    Ok(Json(DeletedFile { id, object: "file", deleted: true }))
+}
+
+/// Get a file's content
+#[utoipa::path(
+    get, path = "/v1/files/{file_id}/content", operation_id = "get_file_content", tag = "files", params(("file_id" = String, Path)),
+    responses((status = 200, description = "The bytes as they were uploaded", content_type = "application/octet-stream", body = Vec<u8>))
+)]
+async fn get_file_content(State(state): State<AppState>, caller: Project, Path(id): Path<String>) -> Result<Response, ApiError> {
+    let file = find_file(&state.db, &caller.project_id, &id).await?;
+    let content = match tokio::fs::File::open(state.artifacts.path(&artifact_key(&id))).await {
+        Ok(content) => content,
+        // Deleted between the two.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(ApiError::not_found("file", &id)),
+        Err(error) => return Err(ApiError::internal(error)),
+    };
+    let mut response = Response::new(Body::from_stream(ReaderStream::with_capacity(content, 256 << 10)));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    headers.insert(header::CONTENT_LENGTH, HeaderValue::from(file.bytes));
+    // Whatever was uploaded, no browser shall render it as a page of this origin.
+    headers.insert(header::CONTENT_DISPOSITION, HeaderValue::from_static("attachment"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    Ok(response)
+}
