@@ -10,11 +10,10 @@ use lathe_api::{
     auth,
     config::{ApiArgs, Cli, Command, DatabaseArgs, KeyCommand, LogOptions},
     demo, engine_server, keys, logging, migrate, openapi, server,
-    state::AppState,
+    state::{self, AppState},
     supervisor::{self, Database, ServeError},
 };
 use lathe_jobs::{artifacts::Artifacts, runner};
-use sqlx::postgres::PgPoolOptions;
 use tokio::signal::unix::{SignalKind, signal};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
@@ -81,7 +80,7 @@ async fn run_key(database: &Database, command: &KeyCommand) -> Result<String, Bo
 
 async fn run_api(args: ApiArgs) -> Outcome {
     let database_url = required(&args.database)?;
-    let db = PgPoolOptions::new().max_connections(16).connect(&database_url).await?;
+    let db = state::pool_options().connect(&database_url).await?;
     let mut conn = db.acquire().await?;
     migrate::check(&mut conn).await?;
     if let Some(key) = args.options.api_key.as_deref().filter(|key| !key.is_empty()) {

@@ -8,7 +8,7 @@ use std::{
 
 use axum::http::{HeaderValue, Method, StatusCode};
 use lathe_jobs::artifacts::Artifacts;
-use sqlx::PgPool;
+use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio_util::sync::CancellationToken;
 
 use crate::{auth::KeyCache, routes::tokenizers::TokenizerCache};
@@ -47,6 +47,12 @@ impl Default for ApiConfig {
             shutdown_grace: Duration::from_secs(5),
         }
     }
+}
+
+/// How the API holds its connections: a request waits for one no longer than a client waits for its
+/// 503.
+pub fn pool_options() -> PgPoolOptions {
+    PgPoolOptions::new().max_connections(16).acquire_timeout(Duration::from_secs(3))
 }
 
 #[derive(Clone)]
