@@ -105,7 +105,7 @@ fn name(index: usize, field: &str) -> String {
 }
 
 fn context(point: &Point) -> minijinja::Value {
-    point.values.iter().map(|(name, value)| (name.clone(), converted(value))).collect()
+    minijinja::Value::from_pairs(point.values.iter().map(|(name, value)| (name.clone(), converted(value))))
 }
 
 /// By hand, because minijinja's own conversion gives a meaning to certain keys of objects.
@@ -120,7 +120,7 @@ fn converted(value: &serde_json::Value) -> minijinja::Value {
         },
         serde_json::Value::String(text) => minijinja::Value::from(text.as_str()),
         serde_json::Value::Array(values) => minijinja::Value::from(values.iter().map(converted).collect::<Vec<_>>()),
-        serde_json::Value::Object(object) => object.iter().map(|(key, value)| (key.clone(), converted(value))).collect(),
+        serde_json::Value::Object(object) => minijinja::Value::from_pairs(object.iter().map(|(key, value)| (key.clone(), converted(value)))),
     }
 }
 

@@ -179,6 +179,19 @@ fn every_known_shape_is_read_from_lines() {
 }
 
 #[test]
+fn a_named_format_goes_before_content_and_name() {
+    let content = b"{\"text\": \"a\"}";
+    assert_eq!(Case::new(&[("a.jsonl", content)]).format(Format::Text).rows(), [text("{\"text\": \"a\"}")]);
+    assert_eq!(Case::new(&[("a.txt", content)]).format(Format::Jsonl).rows(), [text("a")]);
+    assert_eq!(Case::new(&[("a.txt", b"text\nb\n")]).format(Format::Csv).rows(), [text("b")]);
+    assert_eq!(Case::new(&[("a.txt", content)]).format(Format::Parquet).failure().code, FailureCode::UnsupportedFormat);
+    // Without a telling name, prose that begins like JSON stays prose.
+    for prose in ["[Scene 1] Enter two sentries.", "{braces}, they say", "Instruction, input and output are words."] {
+        assert_eq!(Case::new(&[("scene", prose.as_bytes())]).rows(), [text(prose)]);
+    }
+}
+
+#[test]
 fn columns_map_other_keys() {
     let row = json!({"q": "why", "context": "c", "a": "because", "instruction": "not this"}).to_string();
     let columns = [(Role::Instruction, "q"), (Role::Output, "a"), (Role::Input, "context")];
@@ -238,7 +251,11 @@ fn compression_goes_by_magic_in_any_layers() {
 #[test]
 fn damaged_compression_is_named() {
     let plain = noise(200_000);
-    let whole = [gzip(plain.as_bytes()), zstd::encode_all(plain.as_bytes(), 3).unwrap()];
+    // A zstd frame without its checksum would not show all damage.
+    let mut encoder = zstd::Encoder::new(Vec::new(), 3).unwrap();
+    encoder.include_checksum(true).unwrap();
+    encoder.write_all(plain.as_bytes()).unwrap();
+    let whole = [gzip(plain.as_bytes()), encoder.finish().unwrap()];
     for bytes in whole {
         for end in [bytes.len() / 2, bytes.len() - 1, 12] {
             let failure = Case::new(&[("data.txt", &bytes[..end])]).skip().failure();
@@ -255,7 +272,7 @@ fn damaged_compression_is_named() {
 
 #[test]
 fn bombs_meet_their_bounds() {
-    let zeros = "0\n".repeat(20 << 20);
+    let zeros = "0\n".repeat(5 << 20);
     for bomb in [gzip(zeros.as_bytes()), zstd::encode_all(zeros.as_bytes(), 3).unwrap(), gzip(&gzip(zeros.as_bytes()))] {
         let failure = Case::new(&[("bomb.txt", &bomb)]).failure();
         assert_eq!(failure.code, FailureCode::DecompressionLimit, "{failure:?}");
@@ -453,7 +470,7 @@ fn stopping_ends_within_a_row_and_leaves_no_dataset() {
 mod parquet_files {
     use std::sync::Arc;
 
-    use parquet::{
+    use ::parquet::{
         basic::Compression,
         data_type::{ByteArray, ByteArrayType, Int64Type},
         file::{properties::WriterProperties, writer::SerializedFileWriter},
