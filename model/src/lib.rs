@@ -5,6 +5,7 @@
 pub mod arch;
 pub mod config;
 pub mod data;
+pub mod engine;
 pub mod nn;
 pub mod protocol;
 pub mod random;

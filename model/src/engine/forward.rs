@@ -2,10 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{
-    Dtype,
-    scheduler::{Chunk, Step},
-};
+use super::scheduler::{Chunk, Step};
 use crate::{
     arch::gpt::{Gpt, Pass},
     config::ModelConfig,
@@ -45,11 +42,7 @@ pub(super) struct Forward {
 }
 
 impl Forward {
-    pub(super) fn new(model: Gpt, config: &ModelConfig, dtype: Dtype, device: Device) -> Forward {
-        let kind = match dtype {
-            Dtype::Fp32 => Kind::Float,
-            Dtype::Bf16 => Kind::BFloat16,
-        };
+    pub(super) fn new(model: Gpt, config: &ModelConfig, kind: Kind, device: Device) -> Forward {
         let shape = CacheShape { layers: config.layers, kv_heads: config.kv_heads, head_dim: config.head_dim, kind, device };
         Forward { model, cache: KvCache::new(shape), heads: config.heads, device }
     }

@@ -12,10 +12,12 @@
 //! | [`scheduler`] | which sequences take part in which step; no tensors |
 //! | [`sampler`] | the next token from a row of logits |
 //! | `forward` | the model with its cache: one chunk of a prompt, one batch of decodes |
+//! | `load` | a model's folder |
 //! | `worker` | the loop that puts the three together |
 //! | [`stop`] | stop strings, for callers |
 
 use std::{
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -24,12 +26,13 @@ use std::{
 };
 
 use crate::{
-    arch::Gpt,
     config::{ModelConfig, Sampling},
     protocol::DeviceChoice,
+    shim,
 };
 
 mod forward;
+mod load;
 pub mod sampler;
 pub mod scheduler;
 pub mod stop;
@@ -39,6 +42,7 @@ pub use sampler::Sampled;
 pub use scheduler::{Finish, Refusal};
 
 use forward::Forward;
+use load::Loaded;
 use sampler::Sampler;
 use scheduler::{Limits, Request, Scheduler, SequenceId};
 use worker::Worker;
@@ -51,10 +55,10 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    fn bytes(self) -> u64 {
+    fn kind(self) -> tch::Kind {
         match self {
-            Dtype::Fp32 => 4,
-            Dtype::Bf16 => 2,
+            Dtype::Fp32 => tch::Kind::Float,
+            Dtype::Bf16 => tch::Kind::BFloat16,
         }
     }
 }
@@ -127,8 +131,8 @@ pub enum StartError {
         "deterministic decoding keeps {needed} bytes for keys and values ({sequences} sequences of {context} tokens), but the engine may use {allowed}: allow more, or fewer sequences"
     )]
     CacheTooSmall { needed: u64, allowed: u64, sequences: usize, context: usize },
-    #[error("the engine's thread cannot be started: {0}")]
-    Thread(#[from] std::io::Error),
+    #[error("the model's folder cannot be read, or a thread cannot be started: {0}")]
+    Io(#[from] std::io::Error),
 }
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -249,7 +253,7 @@ fn request(generation: &Generation) -> Request {
 
 /// Bytes of keys and values for one position of one sequence.
 fn position_bytes(model: &ModelConfig, dtype: Dtype) -> u64 {
-    2 * (model.layers * model.kv_heads * model.head_dim) as u64 * dtype.bytes()
+    2 * (model.layers * model.kv_heads * model.head_dim) as u64 * dtype.kind().elt_size_in_bytes() as u64
 }
 
 fn limits(model: &ModelConfig, config: &EngineConfig) -> Result<Limits, StartError> {
@@ -279,11 +283,22 @@ fn limits(model: &ModelConfig, config: &EngineConfig) -> Result<Limits, StartErr
 pub struct Engine;
 
 impl Engine {
-    /// Starts a thread for a model. `reserved` are the ids that are never chosen; a stop token is
-    /// never among them.
-    fn spawn(model: Gpt, shape: ModelConfig, never: Vec<u32>, config: &EngineConfig) -> Result<EngineHandle, StartError> {
+    /// Loads the model of a folder and starts its thread. Sets the process's tensor threads.
+    pub fn start(folder: &Path, config: EngineConfig) -> Result<EngineHandle, StartError> {
+        let loading = || {
+            shim::initialize(config.threads).map_err(|error| StartError::Model(error.to_string()))?;
+            load::load(folder, config.dtype, device(config.device))
+        };
+        // tch reports lack of memory by panicking.
+        let loaded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(loading));
+        let loaded = loaded.unwrap_or_else(|panic| Err(StartError::Model(worker::message(&*panic))))?;
+        Engine::spawn(loaded, &config)
+    }
+
+    fn spawn(loaded: Loaded, config: &EngineConfig) -> Result<EngineHandle, StartError> {
+        let Loaded { model, shape, never } = loaded;
         let limits = limits(&shape, config)?;
-        let forward = Forward::new(model, &shape, config.dtype, device(config.device));
+        let forward = Forward::new(model, &shape, config.dtype.kind(), device(config.device));
         let sampler = Sampler::new(shape.vocabulary as usize, never);
         let shared = Arc::new(Shared {
             model: shape,

@@ -49,13 +49,17 @@ fn model(shape: &ModelConfig) -> Gpt {
     model
 }
 
+fn loaded(shape: &ModelConfig) -> Loaded {
+    Loaded { model: model(shape), shape: shape.clone(), never: NEVER.to_vec() }
+}
+
 fn config() -> EngineConfig {
     EngineConfig { threads: 1, prefill_chunk: 8, max_sequences: 32, ..EngineConfig::default() }
 }
 
 fn start(shape: &ModelConfig, config: &EngineConfig) -> EngineHandle {
     tch::set_num_threads(1);
-    Engine::spawn(model(shape), shape.clone(), NEVER.to_vec(), config).unwrap()
+    Engine::spawn(loaded(shape), config).unwrap()
 }
 
 /// A prompt of its own for each sequence, of lengths 1 to 29.
@@ -235,7 +239,7 @@ fn bad_requests_are_refused_with_both_numbers() {
     assert_eq!(engine.load().open, 0);
     let small = EngineConfig { deterministic_decode: true, cache_bytes: 1000, ..config() };
     let shape = shape(Positions::Learned, 4);
-    assert!(matches!(Engine::spawn(model(&shape), shape.clone(), vec![], &small), Err(StartError::CacheTooSmall { allowed: 1000, .. })));
+    assert!(matches!(Engine::spawn(loaded(&shape), &small), Err(StartError::CacheTooSmall { allowed: 1000, .. })));
 }
 
 #[test]
@@ -250,7 +254,7 @@ fn a_broken_sequence_harms_no_other() {
         let _ = embedding.get(i64::from(poison)).fill_(f64::NAN);
     }
     let never = (0..VOCABULARY as u32).filter(|&id| id == poison).collect();
-    let engine = Engine::spawn(gpt, shape, never, &EngineConfig { max_sequences: 2, ..config() }).unwrap();
+    let engine = Engine::spawn(Loaded { model: gpt, shape, never }, &EngineConfig { max_sequences: 2, ..config() }).unwrap();
     let good = || Generation { prompt: vec![5, 6, 7], stop_tokens: vec![], ..generation(1, 0.0) };
     let before = collect(submit(&engine, good()));
     let neighbour = submit(&engine, good());

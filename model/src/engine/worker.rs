@@ -16,6 +16,7 @@ use super::{
     sampler::Sampler,
     scheduler::{Chunk, Scheduler, SequenceId, Step},
 };
+use crate::shim::trim_backtrace;
 
 struct Client {
     generation: Generation,
@@ -219,7 +220,7 @@ impl Worker {
 }
 
 /// What a panic said, without the backtrace that libtorch appends.
-fn message(panic: &(dyn std::any::Any + Send)) -> String {
+pub(super) fn message(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
-    text.lines().next().unwrap_or_default().to_owned()
+    trim_backtrace(text)
 }

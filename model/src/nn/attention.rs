@@ -5,7 +5,7 @@
 
 use tch::{Device, Tensor};
 
-use super::{Angles, Linear, Parameters};
+use super::{Angles, CachedAttention, Linear, Parameters};
 use crate::{config::ModelConfig, shim};
 
 /// Who attends to whom in one forward pass; the same for every layer.
@@ -15,6 +15,8 @@ pub enum AttentionPlan {
     Causal,
     /// Rows hold several documents; positions attend causally within their own.
     Blocks(Blocks),
+    /// Positions attend to what the cache holds of their sequence, and are added to it.
+    Cached(CachedAttention),
 }
 
 impl AttentionPlan {
@@ -29,10 +31,11 @@ impl AttentionPlan {
 
     /// Attention of one layer. Queries are `(b, heads, t, d)`, keys and values
     /// `(b, kv heads, t, d)`; the result is shaped like the queries. Keys are not expanded in memory.
-    pub fn attend(&mut self, _layer: usize, q_bhtd: &Tensor, k_bgtd: &Tensor, v_bgtd: &Tensor) -> Tensor {
+    pub fn attend(&mut self, layer: usize, q_bhtd: &Tensor, k_bgtd: &Tensor, v_bgtd: &Tensor) -> Tensor {
         match self {
             AttentionPlan::Causal => causal(q_bhtd, k_bgtd, v_bgtd),
             AttentionPlan::Blocks(blocks) => blocks.attend(q_bhtd, k_bgtd, v_bgtd),
+            AttentionPlan::Cached(cached) => cached.attend(layer, q_bhtd, k_bgtd, v_bgtd),
         }
     }
 }

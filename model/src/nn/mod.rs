@@ -5,12 +5,14 @@
 //! when a model is built, and the worker and the engine catch at their borders.
 
 pub mod attention;
+mod cache;
 mod dropout;
 mod layers;
 mod parameters;
 mod rotary;
 
 pub use attention::{Attention, AttentionPlan, Blocks};
+pub use cache::{CacheShape, CachedAttention, KvCache};
 pub use dropout::{Dropout, Site};
 pub use layers::{Embedding, Linear, Mlp, NormLayer};
 pub use parameters::{Init, Parameter, Parameters, Part};

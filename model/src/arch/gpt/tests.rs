@@ -1,7 +1,7 @@
 use tch::{Device, IndexOp, Kind, Tensor};
 
 use super::*;
-use crate::config::Architecture;
+use crate::{config::Architecture, nn::Parameter};
 
 fn config() -> ModelConfig {
     ModelConfig {
