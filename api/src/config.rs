@@ -234,11 +234,10 @@ impl RunnerOptions {
 
     pub fn config(&self, database_url: String, artifacts: PathBuf) -> RunnerConfig {
         RunnerConfig {
-            database_url,
-            artifacts,
             lease_seconds: self.lease_seconds,
             internal_addr: self.internal_addr,
             deterministic_decode: self.deterministic_decode,
+            ..RunnerConfig::new(database_url, artifacts)
         }
     }
 }

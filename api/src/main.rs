@@ -37,7 +37,7 @@ fn failed(error: impl std::fmt::Display) -> ExitCode {
 fn run(command: Command, log: &LogOptions) -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
     // Tensor work has threads of its own, set before the first tensor; tokio is for the others.
     if let Command::Worker = command {
-        return Ok(ExitCode::from(u8::try_from(lathe_model::worker::run()).unwrap_or(1)));
+        return Ok(ExitCode::from(u8::try_from(lathe_jobs::run::worker::run()).unwrap_or(1)));
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {

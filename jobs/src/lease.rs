@@ -153,7 +153,7 @@ pub async fn fence(tx: &mut PgConnection, lease: &Lease) -> Result<(), LeaseErro
 }
 
 /// How an attempt came to its end.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Ending {
     /// The worker is done; the product is published as a part of ending the job.
     Succeeded(Product),

@@ -21,6 +21,7 @@
 pub mod artifacts;
 pub mod checkpoints;
 pub mod events;
+pub mod housekeeping;
 pub mod ids;
 pub mod lease;
 pub mod metrics;

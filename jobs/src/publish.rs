@@ -17,23 +17,36 @@ use crate::{
 /// What a job made; folders are staged and synced.
 #[derive(Clone, Debug)]
 pub enum Product {
-    Model { model_id: String, folder: PathBuf, parameters: i64, weights_sha256: String, trained_tokens: i64, template: Option<String> },
-    Tokenizer { tokenizer_id: String, folder: PathBuf, sha256: String, vocabulary: i64, added_roles: Vec<String> },
-    Dataset { dataset_id: String, folder: PathBuf, sha256: String, statistics: Value },
+    Model { folder: PathBuf, parameters: i64, weights_sha256: String, trained_tokens: i64, template: Option<String> },
+    Tokenizer { folder: PathBuf, sha256: String, vocabulary: i64, added_roles: Vec<String> },
+    Dataset { folder: PathBuf, sha256: String, statistics: Value },
     Statistics { statistics: Value },
+}
+
+impl Product {
+    /// The staged folder, where there is one.
+    pub fn folder(&self) -> Option<&std::path::Path> {
+        match self {
+            Product::Model { folder, .. } | Product::Tokenizer { folder, .. } | Product::Dataset { folder, .. } => Some(folder),
+            Product::Statistics { .. } => None,
+        }
+    }
 }
 
 /// Moves the product to its key and makes its row ready.
 pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Lease, product: &Product) -> Result<(), LeaseError> {
     let changed = match product {
-        Product::Model { model_id, folder, parameters, weights_sha256, trained_tokens, template } => {
-            let key = format!("models/{model_id}");
+        Product::Model { folder, parameters, weights_sha256, trained_tokens, template } => {
+            let Some(id) = sqlx::query_scalar!("SELECT id FROM models WHERE job_id = $1", lease.job_id).fetch_optional(&mut *tx).await? else {
+                return Ok(unclaimed(lease));
+            };
+            let key = format!("models/{id}");
             let bytes = put(artifacts, folder, &key).await?;
             sqlx::query!("UPDATE jobs SET trained_tokens = $2 WHERE id = $1", lease.job_id, trained_tokens).execute(&mut *tx).await?;
             sqlx::query!(
                 "UPDATE models SET state = 'ready', artifact = $3, parameters = $4, weights_sha256 = $5, template = $6, bytes = $7
                  WHERE id = $1 AND job_id = $2 AND state IN ('queued', 'running')",
-                model_id,
+                id,
                 lease.job_id,
                 key,
                 parameters,
@@ -44,13 +57,16 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
             .execute(tx)
             .await?
         }
-        Product::Tokenizer { tokenizer_id, folder, sha256, vocabulary, added_roles } => {
-            let key = format!("tokenizers/{tokenizer_id}");
+        Product::Tokenizer { folder, sha256, vocabulary, added_roles } => {
+            let Some(id) = sqlx::query_scalar!("SELECT id FROM tokenizers WHERE job_id = $1", lease.job_id).fetch_optional(&mut *tx).await? else {
+                return Ok(unclaimed(lease));
+            };
+            let key = format!("tokenizers/{id}");
             put(artifacts, folder, &key).await?;
             sqlx::query!(
                 "UPDATE tokenizers SET state = 'ready', artifact = $3, sha256 = $4, vocabulary = $5, added_roles = $6
                  WHERE id = $1 AND job_id = $2 AND state IN ('queued', 'running')",
-                tokenizer_id,
+                id,
                 lease.job_id,
                 key,
                 sha256,
@@ -60,13 +76,16 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
             .execute(tx)
             .await?
         }
-        Product::Dataset { dataset_id, folder, sha256, statistics } => {
-            let key = format!("datasets/{dataset_id}");
+        Product::Dataset { folder, sha256, statistics } => {
+            let Some(id) = sqlx::query_scalar!("SELECT id FROM datasets WHERE job_id = $1", lease.job_id).fetch_optional(&mut *tx).await? else {
+                return Ok(unclaimed(lease));
+            };
+            let key = format!("datasets/{id}");
             put(artifacts, folder, &key).await?;
             sqlx::query!(
                 "UPDATE datasets SET state = 'ready', artifact = $3, sha256 = $4, statistics = $5
                  WHERE id = $1 AND job_id = $2 AND state IN ('queued', 'running')",
-                dataset_id,
+                id,
                 lease.job_id,
                 key,
                 sha256,
@@ -80,9 +99,14 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
         }
     };
     if changed.rows_affected() == 0 {
-        tracing::warn!(job.id = lease.job_id, "the job succeeded, but no row waits for what it made");
+        unclaimed(lease);
     }
     Ok(())
+}
+
+/// Nothing is lost to a client by this: the row would have been there from the start.
+fn unclaimed(lease: &Lease) {
+    tracing::warn!(job.id = lease.job_id, "the job succeeded, but no row waits for what it made");
 }
 
 /// Moves a folder to its key off the async threads; its size in bytes.

@@ -1,3 +1,324 @@
-//! Serving models.
-use sqlx::PgConnection;
-pub async fn reap(_conn: &mut PgConnection) -> Result<(), sqlx::Error> { Ok(()) }
+//! Serving models: the runner's half. A replica is a leased row, and an engine process behind it.
+//!
+//! Somebody who wants a model served inserts a queued row and waits until it is ready. A runner with
+//! memory for it claims the row, starts `lathe engine`, and keeps the lease. Replicas that nobody uses
+//! are unloaded. An engine that dies while it loads fails its row; one that dies later is queued
+//! again. A database that is away stops no engine.
+
+use std::{sync::Arc, time::Duration};
+
+use lathe_model::protocol::FailureCode;
+use serde::Deserialize;
+use sqlx::{PgConnection, PgPool};
+use tokio::task::JoinSet;
+
+use crate::{
+    ids,
+    runner::{
+        Context,
+        child::{Bounds, Child, Start},
+        failure,
+    },
+    settle,
+    state::ReplicaState,
+};
+
+/// Announces a change of a replica; the payload is its id.
+pub const CHANNEL: &str = "lathe_replicas";
+
+/// The environment variable with the engine's bearer token.
+const SECRET_VARIABLE: &str = "LATHE_ENGINE_SECRET";
+
+const POLL: Duration = Duration::from_secs(1);
+/// How long an engine may take to load its model.
+const LOAD: Duration = Duration::from_secs(300);
+/// How long an engine that is told to stop may finish what it generates.
+const DRAIN: Duration = Duration::from_secs(30);
+/// The same when the runner itself stops.
+const DRAIN_AT_STOP: Duration = Duration::from_secs(3);
+/// A replica is not unloaded for another one sooner after its last use.
+const EVICT_AFTER_SECONDS: f64 = 10.0;
+
+/// A replica that this runner serves.
+#[derive(Clone, Debug)]
+struct Claimed {
+    id: String,
+    token: String,
+    artifact: String,
+    secret: String,
+}
+
+/// What an engine says once its model is loaded.
+#[derive(Debug, Deserialize)]
+struct Report {
+    ready: Ready,
+}
+
+#[derive(Debug, Deserialize)]
+struct Ready {
+    address: String,
+    memory_bytes: u64,
+}
+
+/// Serves queued replicas until the runner stops, and then waits for their ends.
+pub async fn keep(context: Arc<Context>) {
+    let mut serving = JoinSet::new();
+    while !context.is_stopping() {
+        // Registered before the query, so that what is queued after it is not missed.
+        let wake = context.wake_replicas.notified();
+        match claim(&context).await {
+            Ok(Some(replica)) => {
+                serving.spawn(serve(context.clone(), replica));
+                continue;
+            }
+            Ok(None) => {}
+            Err(error) => tracing::warn!(%error, "replicas cannot be claimed"),
+        }
+        tokio::select! {
+            () = wake => {}
+            () = tokio::time::sleep(POLL) => {}
+            Some(_) = serving.join_next() => {}
+            () = context.must_stop() => {}
+        }
+    }
+    while serving.join_next().await.is_some() {}
+}
+
+/// Takes the replica that has waited longest, if there is memory for it; otherwise makes room for it.
+async fn claim(context: &Context) -> Result<Option<Claimed>, sqlx::Error> {
+    let mut tx = context.db.begin().await?;
+    let Some(next) =
+        sqlx::query!("SELECT id, memory_bytes FROM replicas WHERE state = 'queued' ORDER BY created_at, id FOR UPDATE SKIP LOCKED LIMIT 1")
+            .fetch_optional(&mut *tx)
+            .await?
+    else {
+        return Ok(None);
+    };
+    let taken = sqlx::query_scalar!(
+        r#"SELECT coalesce(sum(memory_bytes), 0)::bigint AS "taken!" FROM replicas
+           WHERE runner_id = $1 AND state IN ('starting', 'ready', 'stopping')"#,
+        context.runner_id
+    )
+    .fetch_one(&mut *tx)
+    .await?;
+    let budget = i64::try_from(context.config.replica_memory_bytes).unwrap_or(i64::MAX);
+    if taken > 0 && taken.saturating_add(next.memory_bytes) > budget {
+        make_room(&mut tx, &context.runner_id).await?;
+        tx.commit().await?;
+        return Ok(None);
+    }
+    let (token, secret) = (ids::secret(), ids::secret());
+    let artifact = sqlx::query_scalar!(
+        "UPDATE replicas SET state = 'starting', runner_id = $2, lease_token = $3, secret = $4, error = NULL,
+             expires_at = now() + make_interval(secs => $5), last_used_at = now()
+         WHERE id = $1 AND state = 'queued' RETURNING artifact",
+        next.id,
+        context.runner_id,
+        token,
+        secret,
+        context.config.lease_seconds,
+    )
+    .fetch_one(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(Some(Claimed { id: next.id, token, artifact, secret }))
+}
+
+/// Asks the replica that was used longest ago to go, if it is not in use.
+async fn make_room(tx: &mut PgConnection, runner_id: &str) -> Result<(), sqlx::Error> {
+    let asked = sqlx::query_scalar!(
+        "UPDATE replicas SET state = 'stopping' WHERE state = 'ready' AND id = (
+             SELECT id FROM replicas WHERE runner_id = $1 AND state = 'ready' AND last_used_at < now() - make_interval(secs => $2)
+             ORDER BY last_used_at LIMIT 1)
+         RETURNING id",
+        runner_id,
+        EVICT_AFTER_SECONDS,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    match asked {
+        Some(id) => notify(tx, &id).await,
+        None => Ok(()),
+    }
+}
+
+/// How an engine came to its end.
+enum End {
+    /// It was asked to go, or nobody used it.
+    Stopped,
+    /// It never came to be ready.
+    NotLoaded(String),
+    /// It was ready, and died.
+    Died,
+    LeaseLost,
+}
+
+/// One engine from its start to its end.
+async fn serve(context: Arc<Context>, replica: Claimed) {
+    let folder = context.artifacts.path(&replica.artifact);
+    let log = context.artifacts.path(&format!("logs/replicas/{}.log", replica.id));
+    let mut arguments = vec!["engine".into(), "--model".into(), folder.display().to_string()];
+    arguments.extend(["--listen".into(), std::net::SocketAddr::new(context.config.internal_addr, 0).to_string()]);
+    if context.config.deterministic_decode {
+        arguments.push("--deterministic-decode".into());
+    }
+    let environment = vec![(SECRET_VARIABLE, replica.secret.clone()), ("MKL_CBWR", "AUTO,STRICT".into())];
+    let start = Start { program: context.config.program.clone(), arguments, environment, log, bounds: Bounds::default() };
+    let end = match Child::start(start).await {
+        Ok(mut engine) => {
+            let end = attend(&context, &replica, &mut engine).await;
+            let drain = if context.is_stopping() { DRAIN_AT_STOP } else { DRAIN };
+            engine.stop(drain).await;
+            end
+        }
+        Err(error) => End::NotLoaded(format!("The engine could not be started: {error}")),
+    };
+    while let Err(error) = settle_end(&context.db, &replica, &end).await {
+        tracing::warn!(replica.id = replica.id, %error, "the end of a replica waits for the database");
+        if context.is_stopping() {
+            return;
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// Keeps the lease of a running engine until something ends it.
+async fn attend(context: &Context, replica: &Claimed, engine: &mut Child) -> End {
+    let (mut line, mut ready) = (Vec::new(), false);
+    let (period, deadline) = (Duration::from_secs_f64(context.config.lease_seconds / 3.0), tokio::time::Instant::now() + LOAD);
+    let mut beat = tokio::time::interval(period);
+    loop {
+        let wake = context.wake_replicas.notified();
+        tokio::select! {
+            more = engine.report(&mut line) => match more {
+                Ok(true) => {
+                    let Ok(Report { ready: loaded }) = serde_json::from_slice(&std::mem::take(&mut line)) else { continue };
+                    match announce(&context.db, replica, &loaded).await {
+                        Ok(true) => ready = true,
+                        Ok(false) => return End::LeaseLost,
+                        Err(error) => return End::NotLoaded(format!("The database was away when the model was loaded: {error}")),
+                    }
+                    tracing::info!(replica.id = replica.id, address = loaded.address, "a model is served");
+                }
+                Ok(false) | Err(_) if ready => return End::Died,
+                Ok(false) | Err(_) => return End::NotLoaded("The engine ended while it loaded the model; its log says why.".into()),
+            },
+            _ = beat.tick() => {}
+            () = wake => {}
+            () = tokio::time::sleep_until(deadline), if !ready => return End::NotLoaded("The engine did not load the model in time.".into()),
+            () = context.must_stop() => return End::Stopped,
+        }
+        match renew(context, replica).await {
+            Ok(Standing::Kept) => {}
+            Ok(Standing::ToStop) => return End::Stopped,
+            Ok(Standing::Lost) => return End::LeaseLost,
+            Err(error) => tracing::warn!(replica.id = replica.id, %error, "a replica's lease could not be renewed; it goes on serving"),
+        }
+    }
+}
+
+enum Standing {
+    Kept,
+    ToStop,
+    Lost,
+}
+
+/// Renews the lease; a replica that nobody has used for long is marked as stopping.
+async fn renew(context: &Context, replica: &Claimed) -> Result<Standing, sqlx::Error> {
+    let state = sqlx::query_scalar!(
+        r#"UPDATE replicas SET expires_at = now() + make_interval(secs => $2),
+               state = CASE WHEN state = 'ready' AND last_used_at < now() - make_interval(secs => $3) THEN 'stopping' ELSE state END
+           WHERE lease_token = $1 AND state IN ('starting', 'ready', 'stopping')
+           RETURNING state AS "state: ReplicaState""#,
+        replica.token,
+        context.config.lease_seconds,
+        context.config.idle_seconds,
+    )
+    .fetch_optional(&context.db)
+    .await?;
+    Ok(match state {
+        Some(ReplicaState::Stopping) => Standing::ToStop,
+        Some(_) => Standing::Kept,
+        None => Standing::Lost,
+    })
+}
+
+/// Tells whoever waits; false: the lease is lost or the replica is not wanted any more.
+async fn announce(db: &PgPool, replica: &Claimed, loaded: &Ready) -> Result<bool, sqlx::Error> {
+    let mut tx = db.begin().await?;
+    let changed = sqlx::query!(
+        "UPDATE replicas SET state = 'ready', address = $2, memory_bytes = $3, last_used_at = now()
+         WHERE lease_token = $1 AND state = 'starting'",
+        replica.token,
+        loaded.address,
+        i64::try_from(loaded.memory_bytes).unwrap_or(i64::MAX),
+    )
+    .execute(&mut *tx)
+    .await?;
+    notify(&mut tx, &replica.id).await?;
+    tx.commit().await?;
+    Ok(changed.rows_affected() == 1)
+}
+
+async fn settle_end(db: &PgPool, replica: &Claimed, end: &End) -> Result<(), sqlx::Error> {
+    let mut tx = db.begin().await?;
+    match end {
+        End::LeaseLost => return Ok(()),
+        End::Stopped => {
+            sqlx::query!(
+                "UPDATE replicas SET state = 'stopped', stopped_at = now(), lease_token = NULL, expires_at = NULL
+                 WHERE lease_token = $1 AND state IN ('starting', 'ready', 'stopping')",
+                replica.token
+            )
+            .execute(&mut *tx)
+            .await?;
+        }
+        End::NotLoaded(reason) => {
+            tracing::error!(replica.id = replica.id, reason, "a model could not be loaded");
+            let error = settle::error_of(&failure(FailureCode::WorkerCrashed, reason.clone(), true));
+            sqlx::query!(
+                "UPDATE replicas SET state = 'failed', error = $2, stopped_at = now(), lease_token = NULL, expires_at = NULL
+                 WHERE lease_token = $1 AND state IN ('starting', 'stopping')",
+                replica.token,
+                error,
+            )
+            .execute(&mut *tx)
+            .await?;
+        }
+        End::Died => {
+            tracing::error!(replica.id = replica.id, "an engine died; its model is loaded again");
+            sqlx::query!(
+                "UPDATE replicas SET state = CASE WHEN state = 'stopping' THEN 'stopped' ELSE 'queued' END,
+                     stopped_at = CASE WHEN state = 'stopping' THEN now() END,
+                     lease_token = NULL, expires_at = NULL, address = NULL, runner_id = NULL
+                 WHERE lease_token = $1 AND state IN ('ready', 'stopping')",
+                replica.token
+            )
+            .execute(&mut *tx)
+            .await?;
+        }
+    }
+    notify(&mut tx, &replica.id).await?;
+    tx.commit().await
+}
+
+/// Takes replicas back from runners that are gone.
+pub async fn reap(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let expired = sqlx::query_scalar!(
+        "UPDATE replicas SET state = CASE WHEN state = 'stopping' THEN 'stopped' ELSE 'queued' END,
+             stopped_at = CASE WHEN state = 'stopping' THEN now() END,
+             lease_token = NULL, expires_at = NULL, address = NULL, runner_id = NULL
+         WHERE state IN ('starting', 'ready', 'stopping') AND expires_at < now() RETURNING id"
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    for id in expired {
+        tracing::warn!(replica.id = id, "took a replica back whose runner is gone");
+        notify(conn, &id).await?;
+    }
+    Ok(())
+}
+
+async fn notify(conn: &mut PgConnection, replica_id: &str) -> Result<(), sqlx::Error> {
+    sqlx::query!("SELECT pg_notify('lathe_replicas', $1) AS told", replica_id).fetch_one(conn).await.map(drop)
+}

@@ -3,12 +3,13 @@
 //! A request is parsed into a [`Spec`] once, at POST; runners trust it. `kind` in the JSON is the
 //! column `jobs.kind` too, except that an import is a job of kind `tokenizer`.
 
-use std::collections::BTreeMap;
-
 use lathe_model::config::JobSpec;
 use serde::{Deserialize, Serialize};
 
-use crate::state::Kind;
+use crate::{
+    run::ingest::{Columns, TemplateSpec},
+    state::Kind,
+};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
@@ -47,8 +48,8 @@ pub enum DatasetSource {
         /// Ids of files, read in this order.
         files: Vec<String>,
         format: Format,
-        /// Field of a row (`instruction`, `text`, …) → the file's own name for it.
-        columns: BTreeMap<String, String>,
+        /// Which key of the files holds which part of a row.
+        columns: Columns,
         documents: Documents,
         on_bad_row: OnBadRow,
     },
@@ -58,7 +59,7 @@ pub enum DatasetSource {
         seed: u64,
         /// Ids of datasets that must share no row with this one.
         exclude: Vec<String>,
-        templates: Vec<serde_json::Value>,
+        templates: Vec<TemplateSpec>,
     },
 }
 
@@ -97,13 +98,14 @@ pub enum OnBadRow {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::run::ingest::Role;
 
     #[test]
     fn a_spec_is_read_back_from_its_column() {
         let source = DatasetSource::Files {
             files: vec!["file-1".into()],
             format: Format::Auto,
-            columns: BTreeMap::from([("instruction".into(), "q".into())]),
+            columns: Columns::from([(Role::Instruction, "q".into())]),
             documents: Documents::BlankLine,
             on_bad_row: OnBadRow::Skip,
         };

@@ -85,7 +85,7 @@ impl World {
         let folder: PathBuf = self.artifacts.staging(&lease.job_id, lease.attempt).join("dataset");
         std::fs::create_dir_all(&folder).expect("staging is writable");
         std::fs::write(folder.join("manifest.json"), &lease.token).expect("staging is writable");
-        Product::Dataset { dataset_id: format!("ds_{}", lease.job_id), folder, sha256: "0".into(), statistics: json!({}) }
+        Product::Dataset { folder, sha256: "0".into(), statistics: json!({}) }
     }
 
     async fn finish(&self, lease: &Lease, ending: Ending) -> Result<JobState, LeaseError> {

@@ -1,24 +1,375 @@
-//! A host's runner.
+//! A runner: takes jobs for this machine's devices, and keeps their workers and engines.
+//!
+//! Two pools of slots, light work and devices, each with a loop that claims when a slot is free:
+//! at once on a notification, and every second without one. A runner that is told to stop asks its
+//! workers to save, ends their attempts as interrupted and its replicas as stopped, and goes within
+//! ten seconds. A database that is away stops nothing that runs.
 
-use std::{net::IpAddr, path::PathBuf};
+mod attempt;
+pub mod child;
+pub mod devices;
+mod outbox;
 
-/// What a runner is told from outside.
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv4Addr},
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use sqlx::{
+    PgPool,
+    postgres::{PgListener, PgPoolOptions},
+};
+use tokio::{
+    sync::{Notify, broadcast, watch},
+    task::JoinSet,
+};
+
+use crate::{
+    artifacts::{ArtifactError, Artifacts},
+    housekeeping, ids,
+    lease::{self, Claimant, Lease},
+    queue, reaper, replicas,
+    state::Pool,
+};
+pub(crate) use attempt::failure;
+use devices::Device;
+
+/// How often work is looked for without a notification.
+const POLL: Duration = Duration::from_secs(1);
+/// How long a stopping runner waits for the last writes. Workers are killed after 8 seconds.
+const GONE_AFTER: Duration = Duration::from_millis(9_300);
+
 #[derive(Clone, Debug)]
 pub struct RunnerConfig {
     pub database_url: String,
-    /// The artifact store's folder.
+    /// The folder of the artifact store, the same for every process of an installation.
     pub artifacts: PathBuf,
-    /// Seconds after which a runner that is not heard of has lost its jobs.
+    /// Shown in `runners`; by default the host's name.
+    pub name: String,
+    /// After this time without a heartbeat a runner has lost its jobs.
     pub lease_seconds: f64,
-    /// Where engines and ranks listen.
+    /// Jobs of the light pool that run at a time.
+    pub light_slots: usize,
+    /// Whether jobs that need a device are taken here.
+    pub offer_devices: bool,
+    /// Where engines listen.
     pub internal_addr: IpAddr,
-    /// Engines decode in batches of one fixed shape.
     pub deterministic_decode: bool,
+    /// Replicas that nobody has used for so long are unloaded.
+    pub idle_seconds: f64,
+    /// Memory that replicas may take together.
+    pub replica_memory_bytes: u64,
+    /// Free bytes of the artifacts' disk below which no job is claimed.
+    pub disk_low_bytes: u64,
+    /// The binary whose `worker` and `engine` are started.
+    pub program: PathBuf,
 }
 
-/// Takes jobs and serves models until `shutdown`; then interrupts them, checkpoints released, within
-/// eight seconds.
-pub async fn run(_config: RunnerConfig, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), sqlx::Error> {
+impl RunnerConfig {
+    /// The defaults, for a runner of this machine.
+    pub fn new(database_url: impl Into<String>, artifacts: impl Into<PathBuf>) -> RunnerConfig {
+        RunnerConfig {
+            database_url: database_url.into(),
+            artifacts: artifacts.into(),
+            name: host(),
+            lease_seconds: 10.0,
+            light_slots: 2,
+            offer_devices: true,
+            internal_addr: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            deterministic_decode: false,
+            idle_seconds: 600.0,
+            replica_memory_bytes: memory_bytes() / 2,
+            disk_low_bytes: 1 << 30,
+            program: std::env::current_exe().unwrap_or_else(|_| "lathe".into()),
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RunnerError {
+    #[error(
+        "the artifact folder {folder} lacks {key}, which the database says is stored: give this runner the same folder (--artifacts) as the api"
+    )]
+    OtherArtifacts { folder: String, key: String },
+    #[error(transparent)]
+    Artifacts(#[from] ArtifactError),
+    #[error("the runner needs the database: {0}")]
+    Database(#[from] sqlx::Error),
+}
+
+/// What the tasks of a runner share.
+pub struct Context {
+    pub db: PgPool,
+    pub artifacts: Artifacts,
+    pub config: RunnerConfig,
+    pub runner_id: String,
+    /// Set once, when the runner is to stop.
+    stopping: watch::Receiver<bool>,
+    /// Set once, when it can wait no longer.
+    gone: watch::Receiver<bool>,
+    /// Work may be there.
+    wake: Notify,
+    /// Replicas may be there.
+    pub wake_replicas: Notify,
+    /// Ids of jobs that changed.
+    spoken_of: broadcast::Sender<String>,
+    keep: Mutex<HashMap<String, i64>>,
+}
+
+impl Context {
+    /// Resolves when the runner is to stop.
+    pub async fn must_stop(&self) {
+        raised(self.stopping.clone()).await;
+    }
+
+    /// Resolves when a stopping runner can wait no longer.
+    pub async fn must_go(&self) {
+        raised(self.gone.clone()).await;
+    }
+
+    pub fn is_stopping(&self) -> bool {
+        *self.stopping.borrow()
+    }
+
+    fn remember_keep(&self, lease: &Lease, keep: i64) {
+        self.keep.lock().unwrap_or_else(PoisonError::into_inner).insert(lease.token.clone(), keep);
+    }
+
+    /// Checkpoints that the lease's job keeps.
+    fn keep(&self, lease: &Lease) -> i64 {
+        self.keep.lock().unwrap_or_else(PoisonError::into_inner).get(&lease.token).copied().unwrap_or(i64::MAX)
+    }
+
+    fn forget(&self, lease: &Lease) {
+        self.keep.lock().unwrap_or_else(PoisonError::into_inner).remove(&lease.token);
+    }
+}
+
+async fn raised(mut flag: watch::Receiver<bool>) {
+    if flag.wait_for(|raised| *raised).await.is_err() {
+        // Nobody is left to raise it.
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Runs until `shutdown` resolves and everything is put in order.
+pub async fn run(config: RunnerConfig, shutdown: impl Future<Output = ()>) -> Result<(), RunnerError> {
+    let artifacts = Artifacts::open(&config.artifacts)?;
+    let db = PgPoolOptions::new()
+        .max_connections(16)
+        .acquire_timeout(Duration::from_secs_f64((config.lease_seconds / 3.0).clamp(1.0, 10.0)))
+        .connect(&config.database_url)
+        .await?;
+    prove_shared(&db, &artifacts).await?;
+    let offered = if config.offer_devices { vec![devices::cpu("no CUDA device is used by this build")] } else { Vec::new() };
+    let (stop, stopping) = watch::channel(false);
+    let (leave, gone) = watch::channel(false);
+    let context = Arc::new(Context {
+        db,
+        artifacts,
+        runner_id: ids::new("runner"),
+        stopping,
+        gone,
+        wake: Notify::new(),
+        wake_replicas: Notify::new(),
+        spoken_of: broadcast::Sender::new(256),
+        keep: Mutex::default(),
+        config,
+    });
+    register(&context, &offered).await?;
+    let mut background = JoinSet::new();
+    background.spawn(listen(context.clone()));
+    background.spawn(stay_registered(context.clone()));
+    background.spawn(reaper::run(context.db.clone(), context.artifacts.clone(), context.config.lease_seconds));
+    background.spawn(housekeeping::run(context.db.clone(), context.artifacts.clone()));
+    let mut work = JoinSet::new();
+    let light = (0..context.config.light_slots).map(|_| Device { threads: devices::cores().div_ceil(2), ..devices::cpu("light work") });
+    work.spawn(claim_all(context.clone(), Pool::Light, light.collect()));
+    work.spawn(claim_all(context.clone(), Pool::Device, offered));
+    work.spawn(replicas::keep(context.clone()));
     shutdown.await;
+    tracing::info!(runner.id = context.runner_id, "the runner is stopping");
+    stop.send_replace(true);
+    let done = async { while work.join_next().await.is_some() {} };
+    if tokio::time::timeout(GONE_AFTER, done).await.is_err() {
+        leave.send_replace(true);
+        let _ = tokio::time::timeout(Duration::from_millis(300), async { while work.join_next().await.is_some() {} }).await;
+    }
+    background.shutdown().await;
+    let unregister = sqlx::query!("UPDATE runners SET stopped_at = now() WHERE id = $1", context.runner_id);
+    let _ = tokio::time::timeout(Duration::from_millis(300), unregister.execute(&context.db)).await;
     Ok(())
+}
+
+/// A runner on another folder than the api's would fail every job, so it refuses to begin.
+async fn prove_shared(db: &PgPool, artifacts: &Artifacts) -> Result<(), RunnerError> {
+    let stored = sqlx::query_scalar!(
+        r#"SELECT artifact AS "artifact!" FROM (
+               (SELECT artifact, created_at FROM files WHERE deleted_at IS NULL ORDER BY created_at DESC LIMIT 3)
+               UNION ALL
+               (SELECT artifact, created_at FROM datasets WHERE deleted_at IS NULL AND state = 'ready' ORDER BY created_at DESC LIMIT 3)
+           ) newest"#
+    )
+    .fetch_all(db)
+    .await?;
+    // One that is being deleted may be gone already; all of them are not.
+    match stored.first() {
+        Some(key) if stored.iter().all(|key| !artifacts.path(key).exists()) => {
+            Err(RunnerError::OtherArtifacts { folder: artifacts.root().display().to_string(), key: key.clone() })
+        }
+        _ => Ok(()),
+    }
+}
+
+async fn register(context: &Context, offered: &[Device]) -> Result<(), sqlx::Error> {
+    for device in offered {
+        tracing::info!(device.name = device.name, device.threads = device.threads, why = device.why, "offers a device");
+    }
+    let config = &context.config;
+    sqlx::query!(
+        "INSERT INTO runners (id, name, host, pid, version, devices, light_slots, device_slots, expires_at)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, now() + make_interval(secs => $9))",
+        context.runner_id,
+        config.name,
+        host(),
+        i32::try_from(std::process::id()).unwrap_or(0),
+        env!("CARGO_PKG_VERSION"),
+        serde_json::Value::Array(offered.iter().map(Device::describe).collect()),
+        i32::try_from(config.light_slots).unwrap_or(i32::MAX),
+        i32::try_from(offered.len()).unwrap_or(i32::MAX),
+        config.lease_seconds,
+    )
+    .execute(&context.db)
+    .await?;
+    tracing::info!(runner.id = context.runner_id, runner.name = config.name, "the runner is registered");
+    Ok(())
+}
+
+async fn stay_registered(context: Arc<Context>) {
+    let seconds = context.config.lease_seconds;
+    loop {
+        tokio::time::sleep(Duration::from_secs_f64(seconds / 3.0)).await;
+        let renewed = sqlx::query!(
+            "UPDATE runners SET expires_at = now() + make_interval(secs => $2), stopped_at = NULL WHERE id = $1",
+            context.runner_id,
+            seconds
+        )
+        .execute(&context.db)
+        .await;
+        if let Err(error) = renewed {
+            tracing::warn!(%error, "the runner could not renew its registration");
+        }
+    }
+}
+
+/// Turns notifications into wake-ups; while there is no connection, polling alone finds work.
+async fn listen(context: Arc<Context>) {
+    loop {
+        if let Err(error) = hear(&context).await {
+            tracing::warn!(%error, "notifications cannot be heard; looking for work every second");
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+async fn hear(context: &Context) -> Result<(), sqlx::Error> {
+    let mut listener = PgListener::connect_with(&context.db).await?;
+    listener.listen_all([queue::CHANNEL, replicas::CHANNEL]).await?;
+    loop {
+        let heard = listener.try_recv().await?;
+        match &heard {
+            Some(notification) if notification.channel() == replicas::CHANNEL => context.wake_replicas.notify_waiters(),
+            Some(notification) => {
+                let _ = context.spoken_of.send(notification.payload().to_owned());
+                context.wake.notify_waiters();
+            }
+            // The connection was lost and is made again; anything may have happened meanwhile.
+            None => {
+                context.wake.notify_waiters();
+                context.wake_replicas.notify_waiters();
+            }
+        }
+    }
+}
+
+/// Claims for one pool while a slot of it is free. Ends, after its attempts, when the runner stops.
+async fn claim_all(context: Arc<Context>, pool: Pool, slots: Vec<Device>) {
+    let (mut free, mut attempts) = (slots, JoinSet::new());
+    loop {
+        // Registered before the query, so that work queued after it is not missed.
+        let wake = context.wake.notified();
+        let mut full = true;
+        if let Some(slot) = free.pop() {
+            match claim(&context, pool, &slot).await {
+                Some(claimed) => {
+                    let context = context.clone();
+                    attempts.spawn(async move {
+                        let lease = claimed.lease.clone();
+                        attempt::run(context.clone(), claimed, slot.clone()).await;
+                        context.forget(&lease);
+                        slot
+                    });
+                    full = false;
+                }
+                None => free.push(slot),
+            }
+        }
+        if context.is_stopping() {
+            break;
+        }
+        if !full {
+            continue;
+        }
+        tokio::select! {
+            () = wake, if !free.is_empty() => {}
+            () = tokio::time::sleep(POLL), if !free.is_empty() => {}
+            Some(ended) = attempts.join_next() => match ended {
+                Ok(slot) => free.push(slot),
+                Err(error) => tracing::error!(%error, "an attempt's task ended by itself; its slot is lost until the runner is started again"),
+            },
+            () = context.must_stop() => break,
+        }
+    }
+    while attempts.join_next().await.is_some() {}
+}
+
+/// The next job, if there is one and this machine has room for it.
+async fn claim(context: &Context, pool: Pool, slot: &Device) -> Option<lease::Claimed> {
+    if context.is_stopping() {
+        return None;
+    }
+    if housekeeping::disk_state(&context.artifacts, context.config.disk_low_bytes).is_ok_and(|disk| disk.low) {
+        tracing::warn!("no job is claimed: the disk of the artifacts is nearly full");
+        return None;
+    }
+    let claimant = Claimant {
+        runner_id: context.runner_id.clone(),
+        pool,
+        devices: 1,
+        offered: serde_json::Value::Array(vec![slot.describe()]),
+        lease_seconds: context.config.lease_seconds,
+    };
+    let claimed = match context.db.acquire().await {
+        Ok(mut conn) => lease::claim(&mut conn, &claimant).await,
+        Err(error) => Err(error),
+    };
+    claimed.unwrap_or_else(|error| {
+        tracing::warn!(%error, "work cannot be claimed");
+        None
+    })
+}
+
+/// This machine's name.
+fn host() -> String {
+    nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_else(|| "unknown".into())
+}
+
+/// Of this machine.
+fn memory_bytes() -> u64 {
+    // SAFETY: both calls only read a constant of the system.
+    let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    u64::try_from(pages).unwrap_or(0).saturating_mul(u64::try_from(size).unwrap_or(0))
 }
