@@ -162,7 +162,7 @@ async fn serve(context: Arc<Context>, replica: Claimed) {
     if context.config.deterministic_decode {
         arguments.push("--deterministic-decode".into());
     }
-    let environment = vec![(SECRET_VARIABLE, replica.secret.clone()), ("MKL_CBWR", "AUTO,STRICT".into())];
+    let environment = vec![(SECRET_VARIABLE, replica.secret.clone()), ("MKL_CBWR", "AUTO".into())];
     let start = Start { program: context.config.program.clone(), arguments, environment, log, bounds: Bounds::default() };
     let end = match Child::start(start).await {
         Ok(mut engine) => {

@@ -322,7 +322,7 @@ async fn prepare(attempt: &Attempt, claimed: &Claimed, device: &Device, staging:
 fn environment(threads: usize) -> Vec<(&'static str, String)> {
     vec![
         ("CUBLAS_WORKSPACE_CONFIG", ":4096:8".into()),
-        ("MKL_CBWR", "AUTO,STRICT".into()),
+        ("MKL_CBWR", "AUTO".into()),
         ("OMP_NUM_THREADS", threads.to_string()),
         ("MKL_NUM_THREADS", threads.to_string()),
         ("RAYON_NUM_THREADS", threads.to_string()),

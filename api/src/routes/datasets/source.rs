@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use lathe_jobs::spec::{self, DatasetSource};
+use lathe_jobs::{
+    run::ingest::{Columns, Role, TemplateSpec},
+    spec::{self, DatasetSource},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
@@ -210,7 +213,7 @@ impl SourceBody {
                 for (index, template) in templates.iter().enumerate() {
                     template.check(&format!("source.templates[{index}]"))?;
                 }
-                let templates = templates.iter().map(serde_json::to_value).collect::<Result<_, _>>().map_err(ApiError::internal)?;
+                let templates = templates.iter().map(TemplateBody::resolve).collect::<Result<_, _>>().map_err(ApiError::internal)?;
                 Ok(DatasetSource::Template { rows, seed: seed.unwrap_or(0), exclude: exclude.unwrap_or_default(), templates })
             }
         }
@@ -218,6 +221,11 @@ impl SourceBody {
 }
 
 impl TemplateBody {
+    /// The same shape, as ingestion reads it.
+    fn resolve(&self) -> Result<TemplateSpec, serde_json::Error> {
+        serde_json::from_value(serde_json::to_value(self)?)
+    }
+
     /// What no schema expresses about variables.
     fn check(&self, at: &str) -> Result<(), ApiError> {
         for (name, variable) in self.variables.iter().flatten() {
@@ -238,16 +246,16 @@ impl TemplateBody {
 }
 
 impl ColumnsBody {
-    fn resolve(self) -> BTreeMap<String, String> {
+    fn resolve(self) -> Columns {
         let columns = [
-            ("instruction", self.instruction),
-            ("input", self.input),
-            ("output", self.output),
-            ("system", self.system),
-            ("text", self.text),
-            ("messages", self.messages),
+            (Role::Instruction, self.instruction),
+            (Role::Input, self.input),
+            (Role::Output, self.output),
+            (Role::System, self.system),
+            (Role::Text, self.text),
+            (Role::Messages, self.messages),
         ];
-        columns.into_iter().filter_map(|(part, column)| Some((part.to_owned(), column?))).collect()
+        columns.into_iter().filter_map(|(part, column)| Some((part, column?))).collect()
     }
 }
 
