@@ -23,17 +23,11 @@ mod properties;
 #[cfg(test)]
 mod tests;
 
-use std::{
-    cell::Cell,
-    fs,
-    rc::Rc,
-    sync::atomic::AtomicBool,
-    time::Instant,
-};
+use std::{cell::Cell, fs, rc::Rc, sync::atomic::AtomicBool, time::Instant};
 
 use lathe_model::{
     data::rows::{Manifest, Writer},
-    protocol::{Failure, FailureCode},
+    protocol::{Failure, FailureCode, Report, TaskResult},
 };
 
 pub use columns::check as check_columns;
@@ -79,6 +73,17 @@ impl Ingested {
             "bad_rows": self.bad_rows,
         })
     }
+}
+
+/// A worker's task: [`run`] on the wire's shapes. Progress is reported as the number of rows, good
+/// and bad. A failure after `stop` was raised means nothing.
+pub fn task(spec: serde_json::Value, stop: &AtomicBool, report: &mut dyn FnMut(Report)) -> Result<TaskResult, Failure> {
+    let spec: IngestSpec =
+        serde_json::from_value(spec).map_err(|error| fail(FailureCode::Internal, format!("the ingestion's spec cannot be read: {error}")))?;
+    let folder = spec.output.clone();
+    let made = run(spec, &mut |progress| report(Report::Progress { step: progress.rows + progress.bad_rows }), stop)?;
+    let statistics = made.statistics();
+    Ok(TaskResult::Dataset { folder, sha256: made.manifest.sha256, statistics })
 }
 
 /// Makes the dataset of `spec.output`, or says why not; `errors.jsonl` is there either way.

@@ -451,6 +451,21 @@ fn several_files_are_read_in_their_order_and_progress_reaches_the_end() {
 }
 
 #[test]
+fn a_task_reports_progress_and_its_result() {
+    let case = Case::new(&[("a.jsonl", b"{\"text\": \"one\"}\n{\"x\": 1}\n")]).skip();
+    let spec = json!({
+        "source": {"type": "files", "files": case.source.files, "on_bad_row": "skip"}, "output": case.output(), "max_bytes": 1000,
+    });
+    let mut reports = Vec::new();
+    let result = task(spec, &AtomicBool::new(false), &mut |report| reports.push(report)).unwrap();
+    assert_eq!(reports.last(), Some(&Report::Progress { step: 2 }));
+    let TaskResult::Dataset { folder, sha256, statistics } = result else { panic!("{result:?}") };
+    assert_eq!((folder, sha256.len(), &statistics["rows"], &statistics["bad_rows"]), (case.output(), 64, &json!(1), &json!(1)));
+    let failure = task(json!({"source": {}}), &AtomicBool::new(false), &mut |_| {}).unwrap_err();
+    assert_eq!(failure.code, FailureCode::Internal);
+}
+
+#[test]
 fn stopping_ends_within_a_row_and_leaves_no_dataset() {
     let case = Case::new(&[("a.jsonl", "{\"text\": \"row\"}\n".repeat(10_000).as_bytes())]);
     let stop = AtomicBool::new(false);
