@@ -11,6 +11,7 @@ pub mod config;
 pub mod datadir;
 pub mod demo;
 pub mod engine_server;
+pub mod event_hub;
 pub mod idempotency;
 pub mod keys;
 pub mod logging;

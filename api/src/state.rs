@@ -11,7 +11,7 @@ use lathe_jobs::artifacts::Artifacts;
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio_util::sync::CancellationToken;
 
-use crate::{auth::KeyCache, routes::tokenizers::TokenizerCache};
+use crate::{auth::KeyCache, event_hub::EventHub, routes::tokenizers::TokenizerCache};
 
 /// The API's limits and switches, each a flag of `lathe api`.
 #[derive(Clone, Debug)]
@@ -64,6 +64,7 @@ pub struct AppState {
     pub keys: Arc<KeyCache>,
     pub requests: Arc<RequestCounts>,
     pub tokenizers: Arc<TokenizerCache>,
+    pub events: Arc<EventHub>,
     /// Cancelled when the server stops: streams end themselves, new requests are not taken.
     pub shutdown: CancellationToken,
 }
@@ -78,6 +79,7 @@ impl AppState {
             keys: Arc::default(),
             requests: Arc::default(),
             tokenizers: Arc::default(),
+            events: Arc::default(),
             shutdown: CancellationToken::new(),
         }
     }

@@ -2,12 +2,14 @@
 
 pub mod datasets;
 pub mod files;
+pub mod fine_tuning;
 pub mod health;
 pub mod projects;
 pub mod prometheus;
 pub mod runners;
 pub mod tokenizers;
 pub mod uploads;
+pub mod training;
 
 use axum::middleware;
 use utoipa_axum::router::OpenApiRouter;
@@ -41,4 +43,6 @@ fn keyed() -> OpenApiRouter<AppState> {
         .merge(datasets::router())
         .merge(tokenizers::router())
         .merge(runners::router())
+        .merge(training::router())
+        .merge(fine_tuning::router())
 }

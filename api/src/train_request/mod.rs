@@ -66,6 +66,14 @@ pub struct InstructionMethod {
     pub template: Option<TemplateName>,
 }
 
+/// A method, as answers show it.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum MethodBody {
+    Pretrain(PretrainMethod),
+    Instruction(InstructionMethod),
+}
+
 /// A share of the training rows, chosen by a seeded hash of their content.
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]

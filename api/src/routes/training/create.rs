@@ -1,0 +1,208 @@
+//! Creating a training job: its ids are looked up, then the job and its model are there at once.
+
+use axum::{Json, extract::State, http::StatusCode};
+use lathe_jobs::{
+    events, ids,
+    queue::{self, NewJob},
+    spec::Spec,
+    state::ResourceState,
+};
+use lathe_model::{
+    config::{Method, ModelConfig, Template, Validation},
+    protocol::Level,
+};
+use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection};
+
+use super::TrainingJobObject;
+use crate::{
+    auth::Project,
+    metadata::Metadata,
+    parse::Body,
+    problem::ApiError,
+    resource,
+    routes::{datasets, tokenizers},
+    state::AppState,
+    train_request::{Origin, TrainBody, TrainRequest},
+};
+
+/// Devices that a job asks for; one process trains it.
+const DEVICES: i32 = 1;
+
+/// Create a training job
+///
+/// The answer names the job's `model` at once. A dataset, tokenizer, base model or job of `after` that
+/// is not ready is waited for; if it fails, so does this job.
+#[utoipa::path(
+    post, path = "/v1/training/jobs", operation_id = "create_training_job", tag = "training", request_body = TrainBody,
+    responses(
+        (status = 201, description = "The job, blocked or queued", body = TrainingJobObject),
+        (status = 404, description = "Something that the body names is unknown; `param` says where"),
+        (status = 409, description = "Something that the body names has failed"),
+        (status = 422, description = "Fields contradict one another"),
+    )
+)]
+pub(super) async fn create_training_job(
+    State(state): State<AppState>,
+    project: Project,
+    Body(body): Body<TrainBody>,
+) -> Result<(StatusCode, Json<TrainingJobObject>), ApiError> {
+    let stored = serde_json::to_value(&body).map_err(ApiError::internal)?;
+    let request = body.resolve()?;
+    let mut conn = state.db.acquire().await?;
+    let mut tx = conn.begin().await?;
+    let suffix = request.name.clone();
+    let id = insert(&mut tx, &project.project_id, request, stored, suffix.as_deref()).await?;
+    let row = super::find(&mut tx, &project.project_id, &id).await?;
+    tx.commit().await?;
+    Ok((StatusCode::CREATED, Json(row.into())))
+}
+
+/// What a job starts from, looked up.
+struct Start {
+    config: ModelConfig,
+    tokenizer_id: Option<String>,
+    base_model_id: Option<String>,
+    needs: Option<String>,
+}
+
+/// Adds the job and the model that it makes, in the caller's transaction; returns the job's id.
+/// `stored` is the body as accepted, `suffix` what a tuned model's id shows of its name.
+pub(in crate::routes) async fn insert(
+    conn: &mut PgConnection,
+    project_id: &str,
+    request: TrainRequest,
+    stored: Value,
+    suffix: Option<&str>,
+) -> Result<String, ApiError> {
+    let mut needs: Vec<String> = datasets::find_usable(conn, project_id, &request.dataset, "dataset").await?.into_iter().collect();
+    let mut validation_dataset_id = None;
+    if let Some(Validation::Dataset { dataset }) = &request.validation {
+        needs.extend(datasets::find_usable(conn, project_id, dataset, "validation.dataset").await?);
+        validation_dataset_id = Some(dataset.clone());
+    }
+    let start = match &request.origin {
+        Origin::Fresh { model, tokenizer } => start_fresh(conn, project_id, model.clone(), tokenizer).await?,
+        Origin::Base { model } => start_from(conn, project_id, model).await?,
+    };
+    needs.extend(start.needs);
+    check_after(conn, project_id, &request.after).await?;
+    needs.extend(request.after.iter().cloned());
+
+    let id = ids::new_dashed("ftjob");
+    let model_id = match &start.base_model_id {
+        None => ids::new_dashed("model"),
+        Some(base) => {
+            let project = sqlx::query_scalar!("SELECT name FROM projects WHERE id = $1", project_id).fetch_one(&mut *conn).await?;
+            tuned_model_id(base, &project, suffix.unwrap_or_default(), &id)
+        }
+    };
+    let template = match request.method {
+        Method::Instruction { template: Template::Ins } => Some("ins"),
+        Method::Pretrain { .. } => None,
+    };
+    let config = serde_json::to_value(&start.config).map_err(ApiError::internal)?;
+    let name = request.name.clone().unwrap_or_else(|| model_id.clone());
+    let metadata = Metadata(request.metadata.clone()).to_row();
+    let job = NewJob {
+        id: id.clone(),
+        project_id: project_id.to_owned(),
+        name: request.name.clone(),
+        spec: Spec::Train(request.spec(start.config)),
+        request: stored,
+        metadata: metadata.clone(),
+        priority: request.priority,
+        max_attempts: request.max_attempts,
+        devices: DEVICES,
+        dataset_id: Some(request.dataset.clone()),
+        validation_dataset_id,
+        tokenizer_id: start.tokenizer_id.clone(),
+        base_model_id: start.base_model_id.clone(),
+        model_id: Some(model_id.clone()),
+        needs,
+    };
+    let state = queue::enqueue(conn, job).await.map_err(resource::not_enqueued)?;
+    sqlx::query!(
+        "INSERT INTO models (id, project_id, name, state, job_id, base_model_id, dataset_id, tokenizer_id, config, template, code_version, metadata)
+         VALUES ($1, $2, $3, 'queued', $4, $5, $6, $7, $8, $9, $10, $11)",
+        model_id,
+        project_id,
+        name,
+        id,
+        start.base_model_id,
+        request.dataset,
+        start.tokenizer_id,
+        config,
+        template,
+        env!("CARGO_PKG_VERSION"),
+        metadata,
+    )
+    .execute(&mut *conn)
+    .await?;
+    let message = format!("The job was created and is {state}; it makes {model_id}.");
+    events::append(conn, &id, Level::Info, "job.created", &message, &json!({ "model": model_id })).await?;
+    Ok(id)
+}
+
+async fn start_fresh(conn: &mut PgConnection, project_id: &str, mut config: ModelConfig, tokenizer: &str) -> Result<Start, ApiError> {
+    let needs = tokenizers::find_usable(conn, project_id, tokenizer, "tokenizer").await?;
+    if needs.is_none() {
+        let vocabulary = sqlx::query_scalar!("SELECT vocabulary FROM tokenizers WHERE id = $1", tokenizer).fetch_one(conn).await?;
+        config.vocabulary = vocabulary.unwrap_or(0);
+    }
+    Ok(Start { config, tokenizer_id: Some(tokenizer.to_owned()), base_model_id: None, needs })
+}
+
+/// Locks the base against deletion until the transaction ends.
+async fn start_from(conn: &mut PgConnection, project_id: &str, base: &str) -> Result<Start, ApiError> {
+    let row = sqlx::query!(
+        r#"SELECT state AS "state: ResourceState", job_id, config, tokenizer_id FROM models
+           WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR SHARE"#,
+        base,
+        project_id,
+    )
+    .fetch_optional(conn)
+    .await?
+    .ok_or_else(|| resource::unknown("model", base, "base_model"))?;
+    let needs = match row.state {
+        ResourceState::Ready => None,
+        ResourceState::Queued | ResourceState::Running => Some(row.job_id),
+        ResourceState::Failed => return Err(resource::has_failed("model", base, "base_model")),
+    };
+    let config = serde_json::from_value(row.config).map_err(ApiError::internal)?;
+    Ok(Start { config, tokenizer_id: row.tokenizer_id, base_model_id: Some(base.to_owned()), needs })
+}
+
+async fn check_after(conn: &mut PgConnection, project_id: &str, after: &[String]) -> Result<(), ApiError> {
+    let found = sqlx::query_scalar!("SELECT id FROM jobs WHERE id = ANY($1) AND project_id = $2 AND deleted_at IS NULL", after, project_id)
+        .fetch_all(conn)
+        .await?;
+    match after.iter().position(|id| !found.contains(id)) {
+        Some(index) => Err(resource::unknown("job", &after[index], &format!("after[{index}]"))),
+        None => Ok(()),
+    }
+}
+
+/// `ft:base:org:suffix:id`. A base that is itself tuned gives its own base's name.
+fn tuned_model_id(base: &str, project: &str, suffix: &str, job_id: &str) -> String {
+    let base = base.strip_prefix("ft:").and_then(|rest| rest.split(':').next()).unwrap_or(base);
+    let tail: String = job_id.chars().rev().take(12).collect::<Vec<_>>().into_iter().rev().collect();
+    format!("ft:{base}:{}:{}:{}", plain(project), plain(suffix), tail.to_lowercase())
+}
+
+/// A name as a part of an id: lower-case letters, digits and dashes, at most 64.
+fn plain(name: &str) -> String {
+    name.to_lowercase().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).take(64).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tuned_models_are_named_like_openai_s() {
+        let id = tuned_model_id("model-1", "My project", "Sums: v2", "ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N");
+        assert_eq!(id, "ft:model-1:my-project:sums--v2:8x2y6c0v1b4n");
+        assert_eq!(tuned_model_id(&id, "p", "", "ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N").split(':').collect::<Vec<_>>()[..4], ["ft", "model-1", "p", ""]);
+    }
+}

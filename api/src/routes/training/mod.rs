@@ -1,0 +1,369 @@
+//! `/v1/training/jobs`: pretraining and tuning. This module holds what a job looks like and how one
+//! is found; beside it, one file per concern.
+
+pub(super) mod control;
+pub(super) mod create;
+pub mod events;
+mod metrics;
+mod outputs;
+
+use axum::{Json, extract::State};
+use lathe_jobs::{spec::Spec, state::JobState};
+use lathe_model::config::JobSpec;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::{
+    auth::Project,
+    metadata::Metadata,
+    page::{List, Order, Page},
+    parse::{Path, Query},
+    problem::ApiError,
+    resource::FailureDetail,
+    state::AppState,
+    train_request::{HyperparametersBody, MethodBody, ValidationBody},
+};
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(create::create_training_job, list_training_jobs))
+        .routes(routes!(get_training_job, control::delete_training_job))
+        .merge(control::router())
+        .merge(events::router())
+        .merge(metrics::router())
+        .merge(outputs::router())
+}
+
+/// Where a job stands. One that waits to be tried again is `queued` with `run_after` ahead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum JobStateName {
+    Blocked,
+    Queued,
+    Running,
+    Pausing,
+    Paused,
+    Cancelling,
+    Cancelled,
+    Succeeded,
+    Failed,
+}
+
+impl JobStateName {
+    fn state(self) -> JobState {
+        match self {
+            JobStateName::Blocked => JobState::Blocked,
+            JobStateName::Queued => JobState::Queued,
+            JobStateName::Running => JobState::Running,
+            JobStateName::Pausing => JobState::Pausing,
+            JobStateName::Paused => JobState::Paused,
+            JobStateName::Cancelling => JobState::Cancelling,
+            JobStateName::Cancelled => JobState::Cancelled,
+            JobStateName::Succeeded => JobState::Succeeded,
+            JobStateName::Failed => JobState::Failed,
+        }
+    }
+}
+
+impl From<JobState> for JobStateName {
+    fn from(state: JobState) -> JobStateName {
+        match state {
+            JobState::Blocked => JobStateName::Blocked,
+            JobState::Queued => JobStateName::Queued,
+            JobState::Running => JobStateName::Running,
+            JobState::Pausing => JobStateName::Pausing,
+            JobState::Paused => JobStateName::Paused,
+            JobState::Cancelling => JobStateName::Cancelling,
+            JobState::Cancelled => JobStateName::Cancelled,
+            JobState::Succeeded => JobStateName::Succeeded,
+            JobState::Failed => JobStateName::Failed,
+        }
+    }
+}
+
+/// What a running job is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PhaseName {
+    Preparing,
+    Training,
+    Evaluating,
+    Publishing,
+}
+
+/// A training job. Times are unix seconds with milliseconds behind the point.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct TrainingJobObject {
+    #[schema(examples("ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N"))]
+    id: String,
+    #[schema(examples("training.job"))]
+    object: &'static str,
+    name: Option<String>,
+    state: JobStateName,
+    /// While it runs.
+    phase: Option<PhaseName>,
+    method: Option<MethodBody>,
+    /// Id of the model that it makes, from the beginning.
+    model: Option<String>,
+    /// The shape, every field resolved; `vocabulary` is 0 until the tokenizer is known.
+    #[schema(value_type = Object)]
+    model_config: Value,
+    base_model: Option<String>,
+    dataset: Option<String>,
+    tokenizer: Option<String>,
+    validation: Option<ValidationBody>,
+    /// Resolved; null for what the first attempt still has to decide.
+    hyperparameters: Option<HyperparametersBody>,
+    priority: i32,
+    after: Vec<String>,
+    /// 1: the next of its kind to be claimed. Only while it is queued.
+    queue_position: Option<i64>,
+    /// When it is tried, where that lies ahead.
+    run_after: Option<f64>,
+    /// The last finished step.
+    step: i64,
+    steps: Option<i64>,
+    loss: Option<f64>,
+    tokens_per_second: Option<f64>,
+    /// Supervised tokens in all, once it has succeeded.
+    trained_tokens: Option<i64>,
+    eta_seconds: Option<f64>,
+    created_at: f64,
+    started_at: Option<f64>,
+    first_step_at: Option<f64>,
+    finished_at: Option<f64>,
+    /// Attempts begun, interrupted ones too.
+    attempts: i32,
+    /// Attempts that failed; at `hyperparameters.max_attempts` the job does.
+    failures: i32,
+    error: Option<FailureDetail>,
+    checkpoints: Vec<CheckpointNote>,
+    metadata: Metadata,
+}
+
+/// A checkpoint as a job names it; `/checkpoints` has the rest.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+pub struct CheckpointNote {
+    #[schema(examples("ftckpt_01J9ZQ4M7K3T5W8X2Y6C0V1B4N"))]
+    id: String,
+    step: i64,
+    /// Has the lowest validation loss.
+    best: bool,
+}
+
+pub(super) struct JobRow {
+    pub id: String,
+    pub name: Option<String>,
+    pub state: JobState,
+    pub phase: Option<String>,
+    pub priority: i32,
+    pub spec: Value,
+    pub request: Value,
+    pub metadata: Value,
+    pub dataset_id: Option<String>,
+    pub tokenizer_id: Option<String>,
+    pub base_model_id: Option<String>,
+    pub model_id: Option<String>,
+    pub max_attempts: i32,
+    pub failures: i32,
+    pub attempt: i32,
+    pub step: i64,
+    pub steps: Option<i64>,
+    pub loss: Option<f64>,
+    pub tokens_per_second: Option<f64>,
+    pub trained_tokens: Option<i64>,
+    pub error: Option<Value>,
+    pub run_after: OffsetDateTime,
+    pub run_after_is_ahead: bool,
+    pub created_at: OffsetDateTime,
+    pub started_at: Option<OffsetDateTime>,
+    pub first_step_at: Option<OffsetDateTime>,
+    pub finished_at: Option<OffsetDateTime>,
+    pub queue_position: Option<i64>,
+    pub checkpoints: Value,
+    pub project_name: String,
+    pub training_file: Option<String>,
+    pub validation_file: Option<String>,
+}
+
+/// `query_as!` of training jobs that are not deleted; `$tail` goes on with `AND …`.
+macro_rules! select_jobs {
+    ($tail:literal $(, $argument:expr)* $(,)?) => {
+        sqlx::query_as!(
+            crate::routes::training::JobRow,
+            r#"SELECT j.id, j.name, j.state AS "state: lathe_jobs::state::JobState", j.phase, j.priority, j.spec, j.request, j.metadata, j.dataset_id,
+                      j.tokenizer_id, j.base_model_id, j.model_id, j.max_attempts, j.failures, j.attempt, j.step, j.steps, j.loss, j.tokens_per_second,
+                      j.trained_tokens, j.error, j.run_after, j.run_after > now() AS "run_after_is_ahead!", j.created_at, j.started_at, j.first_step_at,
+                      j.finished_at,
+                      CASE WHEN j.state = 'queued' THEN
+                          (SELECT count(*) + 1 FROM jobs o WHERE o.state = 'queued' AND o.pool = j.pool
+                             AND (o.priority > j.priority OR o.priority = j.priority AND (o.queued_at, o.id) < (j.queued_at, j.id))) END AS queue_position,
+                      (SELECT coalesce(jsonb_agg(jsonb_build_object('id', c.id, 'step', c.step, 'best', c.best) ORDER BY c.step), '[]')
+                         FROM checkpoints c WHERE c.job_id = j.id) AS "checkpoints!",
+                      p.name AS project_name,
+                      (SELECT file_id FROM dataset_files f WHERE f.dataset_id = j.dataset_id AND f.position = 0) AS training_file,
+                      (SELECT file_id FROM dataset_files f WHERE f.dataset_id = j.validation_dataset_id AND f.position = 0) AS validation_file
+               FROM jobs j JOIN projects p ON p.id = j.project_id
+               WHERE j.kind = 'train' AND j.deleted_at IS NULL "# + $tail
+            $(, $argument)*
+        )
+    };
+}
+pub(super) use select_jobs;
+
+impl JobRow {
+    /// The resolved spec, as far as it is resolved.
+    pub fn spec(&self) -> Option<JobSpec> {
+        match serde_json::from_value(self.spec.clone()) {
+            Ok(Spec::Train(spec)) => Some(spec),
+            _ => None,
+        }
+    }
+
+    pub fn steps(&self, spec: Option<&JobSpec>) -> Option<i64> {
+        self.steps.or_else(|| spec?.train.steps.and_then(|steps| i64::try_from(steps).ok()))
+    }
+
+    /// What is left at the speed of the last second: steps of full batches over tokens a second.
+    pub fn eta_seconds(&self, spec: Option<&JobSpec>) -> Option<f64> {
+        let speed = self.tokens_per_second.filter(|speed| *speed > 0.0 && !self.state.is_finished())?;
+        let left = (self.steps(spec)? - self.step).max(0);
+        let tokens = spec?.train.batch_size as f64 * spec?.model.context as f64;
+        Some(left as f64 * tokens / speed)
+    }
+}
+
+impl From<JobRow> for TrainingJobObject {
+    fn from(row: JobRow) -> TrainingJobObject {
+        let spec = row.spec();
+        let spec = spec.as_ref();
+        let mut hyperparameters: Option<HyperparametersBody> = spec.and_then(|spec| reread(&spec.train));
+        if let Some(hyperparameters) = &mut hyperparameters {
+            hyperparameters.max_attempts = Some(row.max_attempts);
+        }
+        let after = serde_json::from_value::<Option<Vec<String>>>(row.request["after"].clone()).ok().flatten();
+        TrainingJobObject {
+            object: "training.job",
+            state: row.state.into(),
+            phase: row.phase.as_ref().and_then(|phase| serde_json::from_value(Value::String(phase.clone())).ok()),
+            method: spec.and_then(|spec| reread(&spec.method)),
+            model_config: spec.and_then(|spec| serde_json::to_value(&spec.model).ok()).unwrap_or_default(),
+            validation: spec.and_then(|spec| reread(&spec.validation)),
+            hyperparameters,
+            steps: row.steps(spec),
+            eta_seconds: row.eta_seconds(spec),
+            run_after: row.run_after_is_ahead.then(|| milliseconds(row.run_after)),
+            created_at: milliseconds(row.created_at),
+            started_at: row.started_at.map(milliseconds),
+            first_step_at: row.first_step_at.map(milliseconds),
+            finished_at: row.finished_at.map(milliseconds),
+            after: after.unwrap_or_default(),
+            checkpoints: serde_json::from_value(row.checkpoints).unwrap_or_default(),
+            error: FailureDetail::from_column(row.error),
+            metadata: Metadata::from_row(row.metadata),
+            id: row.id,
+            name: row.name,
+            model: row.model_id,
+            base_model: row.base_model_id,
+            dataset: row.dataset_id,
+            tokenizer: row.tokenizer_id,
+            priority: row.priority,
+            queue_position: row.queue_position,
+            step: row.step,
+            loss: row.loss,
+            tokens_per_second: row.tokens_per_second,
+            trained_tokens: row.trained_tokens,
+            attempts: row.attempt,
+            failures: row.failures,
+        }
+    }
+}
+
+/// A part of a spec in the shape that requests have, which is the same JSON.
+fn reread<T: for<'de> Deserialize<'de>>(part: &impl Serialize) -> Option<T> {
+    serde_json::to_value(part).ok().and_then(|part| serde_json::from_value(part).ok())
+}
+
+/// Unix seconds, to the millisecond.
+pub(super) fn milliseconds(time: OffsetDateTime) -> f64 {
+    (time.unix_timestamp_nanos() / 1_000_000) as f64 / 1000.0
+}
+
+pub(super) async fn find(conn: &mut PgConnection, project_id: &str, id: &str) -> Result<JobRow, ApiError> {
+    select_jobs!("AND j.id = $1 AND j.project_id = $2", id, project_id).fetch_optional(conn).await?.ok_or_else(|| ApiError::not_found("training job", id))
+}
+
+/// Which training jobs.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ListTrainingJobs {
+    /// Id of the last item of the page before.
+    after: Option<String>,
+    /// Default: 20.
+    #[param(minimum = 1, maximum = 100)]
+    limit: Option<i64>,
+    #[param(inline)]
+    order: Option<Order>,
+    /// Only those in this state.
+    #[param(inline)]
+    state: Option<JobStateName>,
+    /// Only those of this name.
+    name: Option<String>,
+}
+
+/// List training jobs
+#[utoipa::path(
+    get, path = "/v1/training/jobs", operation_id = "list_training_jobs", tag = "training", params(ListTrainingJobs),
+    responses((status = 200, description = "A page", body = List<TrainingJobObject>))
+)]
+async fn list_training_jobs(
+    State(state): State<AppState>,
+    project: Project,
+    Query(query): Query<ListTrainingJobs>,
+) -> Result<Json<List<TrainingJobObject>>, ApiError> {
+    let mut page = Page::first(query.limit.unwrap_or(20), query.order);
+    if let Some(id) = query.after {
+        page = page_after(&state, &project, page, id).await?;
+    }
+    let rows = select_jobs!(
+        "AND j.project_id = $1 AND ($6::text IS NULL OR j.state = $6) AND ($7::text IS NULL OR j.name = $7)
+         AND ($2::timestamptz IS NULL OR CASE WHEN $4 THEN (j.created_at, j.id) > ($2, $3) ELSE (j.created_at, j.id) < ($2, $3) END)
+         ORDER BY CASE WHEN $4 THEN j.created_at END, CASE WHEN $4 THEN j.id END, j.created_at DESC, j.id DESC LIMIT $5",
+        project.project_id,
+        page.after,
+        page.after_id,
+        page.ascending,
+        page.fetch(),
+        query.state.map(|state| state.state().as_str()),
+        query.name,
+    )
+    .fetch_all(&state.db)
+    .await?;
+    Ok(Json(List::of(rows.into_iter().map(TrainingJobObject::from).collect(), &page, |job| &job.id)))
+}
+
+/// The page after a training job.
+pub(super) async fn page_after(state: &AppState, project: &Project, page: Page, id: String) -> Result<Page, ApiError> {
+    let created_at = sqlx::query_scalar!("SELECT created_at FROM jobs WHERE id = $1 AND project_id = $2 AND kind = 'train'", id, project.project_id)
+        .fetch_optional(&state.db)
+        .await?;
+    page.after(id, created_at)
+}
+
+/// Retrieve a training job
+#[utoipa::path(
+    get, path = "/v1/training/jobs/{job_id}", operation_id = "get_training_job", tag = "training", params(("job_id" = String, Path)),
+    responses((status = 200, description = "The job", body = TrainingJobObject))
+)]
+async fn get_training_job(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<TrainingJobObject>, ApiError> {
+    let mut conn = state.db.acquire().await?;
+    Ok(Json(find(&mut conn, &project.project_id, &id).await?.into()))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,152 @@
+//! What a training job leaves behind while it runs: checkpoints and logs.
+
+use std::{
+    fs::File,
+    io::{self, Read, Seek, SeekFrom},
+    path::PathBuf,
+};
+
+use axum::{Json, extract::State};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::{
+    auth::Project,
+    page::{List, Page},
+    parse::{Path, Query},
+    problem::ApiError,
+    state::AppState,
+};
+
+/// `keep_checkpoints` is at most 1000; a job has a few more while it saves.
+const MOST_CHECKPOINTS: i64 = 2000;
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new().routes(routes!(list_training_checkpoints)).routes(routes!(get_training_logs))
+}
+
+/// A checkpoint.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct CheckpointObject {
+    #[schema(examples("ftckpt_01J9ZQ4M7K3T5W8X2Y6C0V1B4N"))]
+    id: String,
+    #[schema(examples("training.checkpoint"))]
+    object: &'static str,
+    step: i64,
+    attempt: i32,
+    bytes: i64,
+    loss: Option<f64>,
+    validation_loss: Option<f64>,
+    /// Has the lowest validation loss.
+    best: bool,
+    /// Unix seconds, to the millisecond.
+    created_at: f64,
+}
+
+/// List a training job's checkpoints
+///
+/// Newest first, all of them.
+#[utoipa::path(
+    get, path = "/v1/training/jobs/{job_id}/checkpoints", operation_id = "list_training_checkpoints", tag = "training", params(("job_id" = String, Path)),
+    responses((status = 200, description = "The checkpoints", body = List<CheckpointObject>))
+)]
+async fn list_training_checkpoints(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<List<CheckpointObject>>, ApiError> {
+    let mut conn = state.db.acquire().await?;
+    super::find(&mut conn, &project.project_id, &id).await?;
+    let page = Page::first(MOST_CHECKPOINTS, None);
+    let rows = sqlx::query!(
+        "SELECT id, step, attempt, bytes, loss, validation_loss, best, created_at FROM checkpoints WHERE job_id = $1 ORDER BY step DESC, attempt DESC LIMIT $2",
+        id,
+        page.fetch(),
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    let checkpoints = rows.into_iter().map(|row| CheckpointObject {
+        id: row.id,
+        object: "training.checkpoint",
+        step: row.step,
+        attempt: row.attempt,
+        bytes: row.bytes,
+        loss: row.loss,
+        validation_loss: row.validation_loss,
+        best: row.best,
+        created_at: super::milliseconds(row.created_at),
+    });
+    Ok(Json(List::of(checkpoints.collect(), &page, |checkpoint| &checkpoint.id)))
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct LogsQuery {
+    /// Default: the newest.
+    #[param(minimum = 1)]
+    attempt: Option<i32>,
+    /// Length of the tail. Default: 65536.
+    #[param(minimum = 1, maximum = 1048576)]
+    bytes: Option<u64>,
+}
+
+/// The end of a worker's log.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct LogsObject {
+    #[schema(examples("training.logs"))]
+    object: &'static str,
+    /// 0: none has begun.
+    attempt: i32,
+    /// Whole lines.
+    text: String,
+    /// Whether the log is longer.
+    truncated: bool,
+}
+
+/// Retrieve the tail of a training job's log
+#[utoipa::path(
+    get, path = "/v1/training/jobs/{job_id}/logs", operation_id = "get_training_logs", tag = "training", params(("job_id" = String, Path), LogsQuery),
+    responses((status = 200, description = "The tail", body = LogsObject))
+)]
+async fn get_training_logs(State(state): State<AppState>, project: Project, Path(id): Path<String>, Query(query): Query<LogsQuery>) -> Result<Json<LogsObject>, ApiError> {
+    let mut conn = state.db.acquire().await?;
+    let job = super::find(&mut conn, &project.project_id, &id).await?;
+    drop(conn);
+    let attempt = query.attempt.unwrap_or(job.attempt);
+    if attempt > job.attempt {
+        return Err(ApiError::not_found("attempt", &attempt.to_string()).with_param("attempt"));
+    }
+    let (path, bytes) = (state.artifacts.log(&id, attempt), query.bytes.unwrap_or(64 << 10));
+    let read = tokio::task::spawn_blocking(move || tail(path, bytes));
+    let (text, truncated) = read.await.map_err(ApiError::internal)?.map_err(ApiError::internal)?;
+    Ok(Json(LogsObject { object: "training.logs", attempt, text, truncated }))
+}
+
+/// The last lines of a file, at most `bytes` of them; nothing for a file that is not there. Blocks.
+fn tail(path: PathBuf, bytes: u64) -> io::Result<(String, bool)> {
+    let mut file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((String::new(), false)),
+        Err(error) => return Err(error),
+    };
+    let length = file.metadata()?.len();
+    let start = length.saturating_sub(bytes);
+    file.seek(SeekFrom::Start(start))?;
+    let mut tail = Vec::new();
+    file.take(bytes).read_to_end(&mut tail)?;
+    let begin = if start == 0 { 0 } else { tail.iter().position(|byte| *byte == b'\n').map_or(0, |newline| newline + 1) };
+    Ok((String::from_utf8_lossy(&tail[begin..]).into_owned(), start > 0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tail_begins_with_a_whole_line() {
+        let path = std::env::temp_dir().join(format!("lathe-tail-{}", std::process::id()));
+        std::fs::write(&path, "first\nsecond\nthird\n").unwrap();
+        assert_eq!(tail(path.clone(), 10).unwrap(), ("third\n".to_owned(), true));
+        assert_eq!(tail(path.clone(), 100).unwrap(), ("first\nsecond\nthird\n".to_owned(), false));
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(tail(path, 100).unwrap(), (String::new(), false));
+    }
+}
