@@ -12,6 +12,7 @@ pub mod datadir;
 pub mod demo;
 pub mod engine_server;
 pub mod event_hub;
+pub mod generation;
 pub mod idempotency;
 pub mod keys;
 pub mod logging;

@@ -1,9 +1,13 @@
 //! One resource per file: shapes, handlers and their own SQL. Paths are written in full.
 
+pub mod chat;
+pub mod completions;
 pub mod datasets;
 pub mod files;
 pub mod fine_tuning;
+mod generation_common;
 pub mod health;
+pub mod models;
 pub mod projects;
 pub mod prometheus;
 pub mod runners;
@@ -45,4 +49,7 @@ fn keyed() -> OpenApiRouter<AppState> {
         .merge(runners::router())
         .merge(training::router())
         .merge(fine_tuning::router())
+        .merge(models::router())
+        .merge(completions::router())
+        .merge(chat::router())
 }

@@ -1,0 +1,428 @@
+//! `POST /v1/chat/completions`, OpenAI's shapes: plain and streamed.
+
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
+use futures_util::{Stream, StreamExt};
+use lathe_model::{data::rows::Turn, template};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::generation_common::{SamplingFields, StopStrings, StreamOptions, Usage, check_stream_options, finish_name, stop_strings, stream_when_started, unix_now};
+use crate::{
+    auth::Project,
+    generation::{self, Choice, Piece, Prompt, Settings, models::Model, wire::TokenLogprob},
+    parse::Body,
+    problem::ApiError,
+    state::AppState,
+};
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new().routes(routes!(create_chat_completion))
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"model": "model-…", "messages": [{"role": "user", "content": "Count one up from 3761."}], "temperature": 0}))]
+pub struct CreateChatCompletion {
+    /// Id of a model with a chat template.
+    pub model: String,
+    #[schema(min_items = 1, max_items = 1024)]
+    pub messages: Vec<Message>,
+    /// Superseded by `max_completion_tokens`.
+    #[serde(default)]
+    #[schema(minimum = 1, maximum = 1048576)]
+    pub max_tokens: Option<i64>,
+    /// Default: what the context leaves.
+    #[serde(default)]
+    #[schema(minimum = 1, maximum = 1048576)]
+    pub max_completion_tokens: Option<i64>,
+    #[serde(default)]
+    #[schema(minimum = 0.0, maximum = 2.0)]
+    pub temperature: Option<f64>,
+    #[serde(default)]
+    #[schema(minimum = 0.0, maximum = 1.0)]
+    pub top_p: Option<f64>,
+    /// Only the k most probable tokens are drawn from; 0: all.
+    #[serde(default)]
+    #[schema(minimum = 0, maximum = 1048576)]
+    pub top_k: Option<i64>,
+    /// Same seed, same prompt, same answer.
+    #[serde(default)]
+    pub seed: Option<i64>,
+    #[serde(default)]
+    #[schema(minimum = 1, maximum = 16)]
+    pub n: Option<u32>,
+    #[serde(default)]
+    pub stop: Option<StopStrings>,
+    #[serde(default)]
+    pub stream: Option<bool>,
+    #[serde(default)]
+    pub stream_options: Option<StreamOptions>,
+    #[serde(default)]
+    pub logprobs: Option<bool>,
+    #[serde(default)]
+    #[schema(minimum = 0, maximum = 20)]
+    pub top_logprobs: Option<i64>,
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Message {
+    pub role: MessageRole,
+    pub content: MessageContent,
+    #[serde(default)]
+    pub name: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MessageRole {
+    System,
+    Developer,
+    User,
+    Assistant,
+}
+
+/// A string, or text parts that are joined.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum MessageContent {
+    Text(String),
+    Parts(Vec<TextPart>),
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TextPart {
+    #[serde(rename = "type")]
+    pub kind: TextPartType,
+    pub text: String,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TextPartType {
+    Text,
+}
+
+impl MessageContent {
+    fn text(&self) -> String {
+        match self {
+            MessageContent::Text(text) => text.clone(),
+            MessageContent::Parts(parts) => parts.iter().map(|part| part.text.as_str()).collect(),
+        }
+    }
+}
+
+#[derive(Serialize, ToSchema)]
+pub struct ChatCompletion {
+    pub id: String,
+    #[schema(example = "chat.completion")]
+    pub object: &'static str,
+    pub created: i64,
+    pub model: String,
+    pub choices: Vec<ChatChoice>,
+    pub usage: Usage,
+}
+
+#[derive(Serialize, ToSchema)]
+pub struct ChatChoice {
+    pub index: usize,
+    pub message: AssistantMessage,
+    pub logprobs: Option<ChatLogprobs>,
+    /// `stop` or `length`.
+    pub finish_reason: &'static str,
+}
+
+#[derive(Serialize, ToSchema)]
+pub struct AssistantMessage {
+    #[schema(example = "assistant")]
+    pub role: &'static str,
+    pub content: String,
+    pub refusal: Option<String>,
+}
+
+#[derive(Default, Serialize, ToSchema)]
+pub struct ChatLogprobs {
+    pub content: Vec<ChatTokenLogprob>,
+    pub refusal: Option<Vec<ChatTokenLogprob>>,
+}
+
+#[derive(Serialize, ToSchema)]
+pub struct ChatTokenLogprob {
+    pub token: String,
+    pub logprob: f32,
+    pub bytes: Vec<u8>,
+    pub top_logprobs: Vec<ChatTopLogprob>,
+}
+
+#[derive(Serialize, ToSchema)]
+pub struct ChatTopLogprob {
+    pub token: String,
+    pub logprob: f32,
+    pub bytes: Vec<u8>,
+}
+
+/// One `data:` line of a streamed answer. The last chunk but `[DONE]` has no choices and the usage,
+/// where `stream_options.include_usage` asked for it.
+#[derive(Serialize, ToSchema)]
+pub struct ChatCompletionChunk {
+    pub id: String,
+    #[schema(example = "chat.completion.chunk")]
+    pub object: &'static str,
+    pub created: i64,
+    pub model: String,
+    pub choices: Vec<ChatChunkChoice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Option<Usage>>,
+}
+
+#[derive(Serialize, ToSchema)]
+pub struct ChatChunkChoice {
+    pub index: usize,
+    pub delta: ChatDelta,
+    pub logprobs: Option<ChatLogprobs>,
+    pub finish_reason: Option<&'static str>,
+}
+
+#[derive(Default, Serialize, ToSchema)]
+pub struct ChatDelta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
+}
+
+/// Answer a conversation
+///
+/// The prompt is rendered by the template that the model was trained with. With `stream: true` the
+/// answer is a stream of `chat.completion.chunk` events that ends with `[DONE]`.
+#[utoipa::path(
+    post, path = "/v1/chat/completions", operation_id = "create_chat_completion", tag = "generation",
+    request_body = CreateChatCompletion,
+    responses(
+        (status = 200, description = "The answer", content((ChatCompletion = "application/json"), (ChatCompletionChunk = "text/event-stream"))),
+        (status = 400, description = "Malformed, out of bounds, longer than the context, or `no_chat_template`"),
+        (status = 404, description = "No such model"),
+        (status = 409, description = "The model is not ready"),
+        (status = 429, description = "The model's queue is full"),
+        (status = 503, description = "The model is loading"),
+    )
+)]
+async fn create_chat_completion(State(state): State<AppState>, project: Project, Body(mut request): Body<CreateChatCompletion>) -> Result<Response, ApiError> {
+    let settings = settings(&mut request)?;
+    let turns = conversation(&request.messages)?;
+    let model = generation::models::ready_model(&state, &project.project_id, &request.model).await?;
+    let prompt = prompt(&model, turns).await?;
+    let answer = Answer { id: lathe_jobs::ids::new_dashed("chatcmpl"), created: unix_now(), model: model.clone(), logprobs: request.logprobs.unwrap_or(false) };
+    let started = async move { generation::start(&state, &model, &[prompt], &settings).await };
+    if request.stream.unwrap_or(false) {
+        let usage = request.stream_options.is_some_and(|options| options.include_usage);
+        stream_when_started(started, move |choices| answer.chunks(choices, usage)).await
+    } else {
+        Ok(Json(answer.whole(started.await?).await?).into_response())
+    }
+}
+
+fn settings(request: &mut CreateChatCompletion) -> Result<Settings, ApiError> {
+    let refuse = |param: &str, message: &str| Err(ApiError::unprocessable("contradiction", param, message));
+    if request.top_logprobs.is_some() && request.logprobs != Some(true) {
+        return refuse("top_logprobs", "`top_logprobs` needs `logprobs: true`.");
+    }
+    if request.max_tokens.is_some() && request.max_completion_tokens.is_some() {
+        return refuse("max_tokens", "Give `max_tokens` or `max_completion_tokens`, not both.");
+    }
+    check_stream_options(request.stream, request.stream_options)?;
+    let fields = SamplingFields {
+        temperature: request.temperature,
+        top_p: request.top_p,
+        top_k: request.top_k,
+        seed: request.seed,
+        max_tokens: request.max_completion_tokens.or(request.max_tokens).unwrap_or(i64::MAX),
+        logprobs: (request.logprobs == Some(true)).then(|| request.top_logprobs.unwrap_or(0)),
+    };
+    Ok(Settings { sampling: fields.into(), stop: stop_strings(request.stop.take()), n: request.n.unwrap_or(1) })
+}
+
+/// What the template takes: a system text, closed turns, the open instruction.
+struct Conversation {
+    system: Option<String>,
+    history: Vec<Turn>,
+    instruction: String,
+}
+
+/// Messages → turns. Neighbours of one role are joined by a line break; system texts come first; the last message is the user's.
+fn conversation(messages: &[Message]) -> Result<Conversation, ApiError> {
+    let refuse = |index: usize, message: &str| Err(ApiError::unprocessable("messages_order", format!("messages[{index}]"), message));
+    let mut system: Vec<String> = Vec::new();
+    let mut history: Vec<Turn> = Vec::new();
+    let mut open: Vec<String> = Vec::new();
+    let mut said_by = MessageRole::System;
+    for (index, message) in messages.iter().enumerate() {
+        let text = message.content.text();
+        match message.role {
+            MessageRole::System | MessageRole::Developer if open.is_empty() && history.is_empty() => system.push(text),
+            MessageRole::System | MessageRole::Developer => {
+                return refuse(index, "A system message must stand before the first user message.");
+            }
+            MessageRole::User => open.push(text),
+            MessageRole::Assistant if said_by == MessageRole::Assistant => match history.last_mut() {
+                Some(turn) => turn.output = format!("{}\n{text}", turn.output),
+                None => return refuse(index, "An assistant message must follow a user message."),
+            },
+            MessageRole::Assistant if open.is_empty() => return refuse(index, "An assistant message must follow a user message."),
+            MessageRole::Assistant => {
+                history.push(Turn { instruction: open.join("\n"), input: String::new(), output: text });
+                open.clear();
+            }
+        }
+        said_by = message.role;
+    }
+    if open.is_empty() {
+        return refuse(messages.len().saturating_sub(1), "The last message must be the user's: there is nothing to answer.");
+    }
+    let system = (!system.is_empty()).then(|| system.join("\n"));
+    Ok(Conversation { system, history, instruction: open.join("\n") })
+}
+
+async fn prompt(model: &Arc<Model>, turns: Conversation) -> Result<Prompt, ApiError> {
+    if model.template.is_none() {
+        let message = format!("The model '{}' was not trained with a chat template: use /v1/completions, or tune it to instructions first.", model.id);
+        return Err(ApiError::bad_request("model", message).with_code("no_chat_template"));
+    }
+    let model = model.clone();
+    let ids = tokio::task::spawn_blocking(move || {
+        template::prompt(&model.tokenizer, turns.system.as_deref(), &turns.history, &turns.instruction, "")
+    })
+    .await
+    .map_err(ApiError::internal)?;
+    Ok(Prompt { ids, score: false })
+}
+
+/// What every chunk of one answer repeats.
+struct Answer {
+    id: String,
+    created: i64,
+    model: Arc<Model>,
+    logprobs: bool,
+}
+
+impl Answer {
+    async fn whole(self, choices: Vec<Choice>) -> Result<ChatCompletion, ApiError> {
+        let mut usage = Usage::default();
+        let mut answers = Vec::with_capacity(choices.len());
+        usage.prompt_tokens = choices.first().map_or(0, |choice| choice.prompt_tokens);
+        for mut choice in choices {
+            let (mut content, mut tokens, mut finish_reason) = (String::new(), Vec::new(), "stop");
+            while let Some(piece) = choice.pieces.next().await {
+                match piece {
+                    Piece::Scored(_) => {}
+                    Piece::Text { text, tokens: more } => {
+                        content.push_str(&text);
+                        tokens.extend(more);
+                    }
+                    Piece::Finished { reason, completion_tokens } => {
+                        usage.completion_tokens += completion_tokens;
+                        finish_reason = finish_name(reason);
+                    }
+                    Piece::Failed { message } => return Err(ApiError::unavailable("engine_error", 2, format!("The answer could not be finished: {message}"))),
+                }
+            }
+            answers.push(ChatChoice {
+                index: choice.index,
+                message: AssistantMessage { role: "assistant", content, refusal: None },
+                logprobs: self.logprobs(&tokens),
+                finish_reason,
+            });
+        }
+        usage.total_tokens = usage.prompt_tokens + usage.completion_tokens;
+        Ok(ChatCompletion { id: self.id, object: "chat.completion", created: self.created, model: self.model.id.clone(), choices: answers, usage })
+    }
+
+    /// Chunks as JSON texts, choices interleaved as they grow.
+    fn chunks(self, choices: Vec<Choice>, include_usage: bool) -> impl Stream<Item = Result<serde_json::Value, ApiError>> + Send + 'static {
+        let prompt_tokens = choices.first().map_or(0, |choice| choice.prompt_tokens);
+        let openings: Vec<_> = choices.iter().map(|choice| (choice.index, None)).collect();
+        let growth = futures_util::stream::select_all(choices.into_iter().map(|choice| choice.pieces.map(move |piece| (choice.index, Some(piece))).boxed()));
+        let mut completion = 0;
+        let usage_slot = include_usage.then_some(None);
+        let end = futures_util::stream::once(async { (usize::MAX, None) });
+        futures_util::stream::iter(openings).chain(growth).chain(end).filter_map(move |(index, piece)| {
+            let chunk = match piece {
+                None if index == usize::MAX => include_usage.then(|| {
+                    let usage = Usage { prompt_tokens, completion_tokens: completion, total_tokens: prompt_tokens + completion };
+                    self.chunk(Vec::new(), Some(Some(usage)))
+                }),
+                None => {
+                    let delta = ChatDelta { role: Some("assistant"), content: Some(String::new()) };
+                    Some(self.chunk(vec![ChatChunkChoice { index, delta, logprobs: None, finish_reason: None }], usage_slot))
+                }
+                Some(Piece::Scored(_)) => None,
+                Some(Piece::Text { text, tokens }) => {
+                    let delta = ChatDelta { role: None, content: Some(text) };
+                    Some(self.chunk(vec![ChatChunkChoice { index, delta, logprobs: self.logprobs(&tokens), finish_reason: None }], usage_slot))
+                }
+                Some(Piece::Finished { reason, completion_tokens }) => {
+                    completion += completion_tokens;
+                    let choice = ChatChunkChoice { index, delta: ChatDelta::default(), logprobs: None, finish_reason: Some(finish_name(reason)) };
+                    Some(self.chunk(vec![choice], usage_slot))
+                }
+                Some(Piece::Failed { message }) => Some(Err(ApiError::unavailable("engine_error", 2, message))),
+            };
+            std::future::ready(chunk)
+        })
+    }
+
+    fn chunk(&self, choices: Vec<ChatChunkChoice>, usage: Option<Option<Usage>>) -> Result<serde_json::Value, ApiError> {
+        let chunk = ChatCompletionChunk { id: self.id.clone(), object: "chat.completion.chunk", created: self.created, model: self.model.id.clone(), choices, usage };
+        serde_json::to_value(chunk).map_err(ApiError::internal)
+    }
+
+    fn logprobs(&self, tokens: &[TokenLogprob]) -> Option<ChatLogprobs> {
+        let name = |token: u32| {
+            let bytes = self.model.tokenizer.token_bytes(token).to_vec();
+            (String::from_utf8_lossy(&bytes).into_owned(), bytes)
+        };
+        let content = tokens.iter().map(|token| {
+            let (text, bytes) = name(token.token);
+            let top_logprobs = token.top.iter().map(|(id, logprob)| {
+                let (token, bytes) = name(*id);
+                ChatTopLogprob { token, logprob: *logprob, bytes }
+            });
+            ChatTokenLogprob { token: text, logprob: token.logprob.unwrap_or(0.0), bytes, top_logprobs: top_logprobs.collect() }
+        });
+        self.logprobs.then(|| ChatLogprobs { content: content.collect(), refusal: None })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn messages(texts: &[(MessageRole, &str)]) -> Vec<Message> {
+        texts.iter().map(|(role, text)| Message { role: *role, content: MessageContent::Text((*text).into()), name: None }).collect()
+    }
+
+    #[test]
+    fn turns_follow_the_messages() {
+        use MessageRole::*;
+        let turns = conversation(&messages(&[(System, "s"), (User, "a"), (User, "b"), (Assistant, "c"), (User, "d")])).ok().unwrap();
+        assert_eq!(turns.system.as_deref(), Some("s"));
+        assert_eq!(turns.history, [Turn { instruction: "a\nb".into(), input: String::new(), output: "c".into() }]);
+        assert_eq!(turns.instruction, "d");
+    }
+
+    #[test]
+    fn nothing_to_answer_is_refused() {
+        use MessageRole::*;
+        assert!(conversation(&messages(&[(User, "a"), (Assistant, "b")])).is_err());
+        assert!(conversation(&messages(&[(Assistant, "b"), (User, "a")])).is_err());
+        assert!(conversation(&messages(&[(User, "a"), (System, "late")])).is_err());
+    }
+}
