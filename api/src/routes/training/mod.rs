@@ -185,7 +185,6 @@ pub(super) struct JobRow {
     pub finished_at: Option<OffsetDateTime>,
     pub queue_position: Option<i64>,
     pub checkpoints: Value,
-    pub project_name: String,
     pub training_file: Option<String>,
     pub validation_file: Option<String>,
 }
@@ -204,10 +203,9 @@ macro_rules! select_jobs {
                              AND (o.priority > j.priority OR o.priority = j.priority AND (o.queued_at, o.id) < (j.queued_at, j.id))) END AS queue_position,
                       (SELECT coalesce(jsonb_agg(jsonb_build_object('id', c.id, 'step', c.step, 'best', c.best) ORDER BY c.step), '[]')
                          FROM checkpoints c WHERE c.job_id = j.id) AS "checkpoints!",
-                      p.name AS project_name,
                       (SELECT file_id FROM dataset_files f WHERE f.dataset_id = j.dataset_id AND f.position = 0) AS training_file,
                       (SELECT file_id FROM dataset_files f WHERE f.dataset_id = j.validation_dataset_id AND f.position = 0) AS validation_file
-               FROM jobs j JOIN projects p ON p.id = j.project_id
+               FROM jobs j
                WHERE j.kind = 'train' AND j.deleted_at IS NULL "# + $tail
             $(, $argument)*
         )
