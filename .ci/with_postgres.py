@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Run a command beside a throw-away PostgreSQL, its address in DATABASE_URL.
+
+    with_postgres.py COMMAND [ARGUMENT ...]
+
+The cluster lives in a temporary folder, listens on a Unix socket there and on nothing else, and is
+gone when the command ends. As root the server runs under another user, which PostgreSQL demands;
+where that user cannot reach the binaries (a private home), a copy is taken. `--migrate` before the
+command applies migrations/*.sql first.
+"""
+
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from urllib.parse import quote
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def server_user():
+    """The (uid, gid) to drop to; None where this process is not root."""
+    if os.geteuid() != 0:
+        return None
+    for name in ("postgres", "nobody"):
+        try:
+            entry = pwd.getpwnam(name)
+            return entry.pw_uid, entry.pw_gid
+        except KeyError:
+            continue
+    return 65534, 65534
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    migrate = arguments[:1] == ["--migrate"]
+    command = arguments[1:] if migrate else arguments
+    if not command:
+        sys.exit(__doc__)
+    binaries = Path(os.environ["LATHE_POSTGRES_BIN"])
+    user = server_user()
+    folder = Path(tempfile.mkdtemp(prefix="lathe-pg-", dir="/tmp"))
+
+    def run(*words, **options):
+        if user:
+            options |= {"user": user[0], "group": user[1], "extra_groups": []}
+        return subprocess.run([str(word) for word in words], check=True, cwd=folder, stdout=subprocess.DEVNULL, **options)
+
+    try:
+        if user:
+            os.chown(folder, *user)
+            try:
+                run(binaries / "postgres", "--version")
+            except (PermissionError, subprocess.CalledProcessError):
+                copy = folder / "install"
+                shutil.copytree(binaries.parent, copy, symlinks=True)
+                binaries = copy / binaries.name
+        os.chmod(folder, 0o755)
+        cluster = folder / "cluster"
+        run(binaries / "initdb", "-D", cluster, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
+        settings = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off -c max_connections=300"
+        run(binaries / "pg_ctl", "-D", cluster, "-o", settings, "-l", folder / "log", "-w", "start")
+        environment = os.environ | {"DATABASE_URL": f"postgres://postgres@localhost/postgres?host={quote(str(folder), safe='')}"}
+        try:
+            if migrate:
+                for file in sorted((ROOT / "migrations").glob("*.sql")):
+                    run(binaries / "psql", "-q", "-v", "ON_ERROR_STOP=1", "-h", folder, "-U", "postgres", "-d", "postgres",
+                        "-f", "-", input=file.read_bytes())
+            return subprocess.run(command, env=environment).returncode
+        finally:
+            run(binaries / "pg_ctl", "-D", cluster, "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+# Lathe's commands. `make` lists them.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup env build run demo test check fmt sqlx openapi
+
+# The build's environment, from what setup fetched. SQL is checked against .sqlx, so no build needs
+# a database.
+ENV := eval "$$(python3 docker/setup.py env)"; export SQLX_OFFLINE=true;
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+
+setup: ## Name what is missing, fetch libtorch and, where there is none, PostgreSQL
+	@python3 docker/setup.py
+
+env: ## Print the build's environment, for: eval "$(make -s env)"
+	@python3 docker/setup.py env; echo "export SQLX_OFFLINE=true"
+
+build: setup ## Build target/release/lathe
+	@$(ENV) cargo build --release --locked -p lathe-api
+
+run: build ## Start the whole stack (see `target/release/lathe serve --help`)
+	@$(ENV) exec target/release/lathe serve
+
+# CORPUS and INSTRUCTIONS: your own files in place of the built-in tasks.
+demo: build ## Corpus to answering model in five minutes; stays serving until Ctrl-C
+	@$(ENV) exec target/release/lathe demo $(if $(CORPUS),--corpus '$(CORPUS)') $(if $(INSTRUCTIONS),--instructions '$(INSTRUCTIONS)')
+
+test: setup ## Run every test
+	@$(ENV) cargo build --locked --workspace --all-targets; \
+	  python3 .ci/with_postgres.py cargo test --locked --workspace
+
+check: setup ## Format, lints, generated files fresh
+	@$(ENV) cargo fmt --all --check; \
+	  cargo clippy --locked --workspace --all-targets -- -D warnings; \
+	  cargo run --quiet --locked -p lathe-api -- openapi | diff -u openapi/openapi.json - \
+	    || { echo "openapi/openapi.json is stale: run make openapi"; exit 1; }
+
+fmt: ## Format the code
+	@cargo fmt --all
+
+sqlx: setup ## Write .sqlx anew, from the migrations and the queries in the code
+	@$(ENV) rm -rf .sqlx.new; mkdir .sqlx.new; touch api/src/lib.rs jobs/src/lib.rs tests/src/lib.rs tests/it/main.rs; \
+	  SQLX_OFFLINE=false SQLX_OFFLINE_DIR="$$PWD/.sqlx.new" \
+	    python3 .ci/with_postgres.py --migrate cargo check --locked --workspace --all-targets; \
+	  rm -rf .sqlx; mv .sqlx.new .sqlx
+
+openapi: setup ## Write openapi/openapi.json anew, from the router
+	@$(ENV) cargo run --quiet --locked -p lathe-api -- openapi > openapi/openapi.json.new; mv openapi/openapi.json.new openapi/openapi.json
