@@ -100,6 +100,16 @@ pub enum ValidationBody {
 /// Trains a new model on every token of a dataset.
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({
+    "method": {"type": "pretrain", "objective": "causal_lm"},
+    "model": {"architecture": "gpt", "layers": 4, "heads": 4, "width": 128, "context": 64},
+    "dataset": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "tokenizer": "tok_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "validation": {"fraction": 0.05},
+    "hyperparameters": {"steps": 2000, "batch_size": 12, "micro_batch_size": 12, "precision": "bf16", "seed": 1, "clip": 1.0,
+        "optimizer": {"type": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.1},
+        "schedule": {"type": "cosine", "peak": 1e-3, "warmup_steps": 100, "floor": 1e-4},
+        "checkpoint_every": 200, "evaluate_every": 200, "keep_checkpoints": 2},
+    "name": "small", "priority": 0, "after": [], "metadata": {}
+}))]
 pub struct PretrainBody {
     pub method: PretrainMethod,
     pub model: ModelBody,
@@ -125,6 +135,10 @@ pub struct PretrainBody {
 /// Tunes a model of the project to follow instructions. The shape and the tokenizer are the base's.
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({
+    "method": {"type": "instruction", "template": "ins"}, "base_model": "model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N",
+    "dataset": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "hyperparameters": {"epochs": 3, "batch_size": 32}, "name": "sums"
+}))]
 pub struct InstructionBody {
     pub method: InstructionMethod,
     /// Id of a model. One that is not ready is waited for.

@@ -195,3 +195,18 @@ fn contradictions_are_a_422() {
     let odd = json!({"architecture": "gpt", "layers": 1, "heads": 2, "width": 6, "context": 8, "positions": "rotary"});
     assert_eq!(contradiction(with(pretrain(), "/model", odd)), "model.positions");
 }
+
+#[test]
+fn the_examples_of_the_document_are_valid() {
+    let mut schemas = Vec::new();
+    <TrainBody as utoipa::ToSchema>::schemas(&mut schemas);
+    let examples: Vec<Value> = schemas
+        .iter()
+        .filter(|(name, _)| name == "PretrainBody" || name == "InstructionBody")
+        .map(|(_, schema)| serde_json::to_value(schema).unwrap()["example"].clone())
+        .collect();
+    assert_eq!(examples.len(), 2);
+    for example in examples {
+        parse(example);
+    }
+}

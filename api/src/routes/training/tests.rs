@@ -208,6 +208,27 @@ async fn control_follows_the_state_machine(db: PgPool) {
 }
 
 #[sqlx::test(migrator = "crate::MIGRATOR")]
+async fn an_open_stream_goes_on_without_a_gap(db: PgPool) {
+    let api = Api::start(db).await;
+    let job = api.pretraining().await;
+    let path = format!("/v1/training/jobs/{}", job["id"].as_str().unwrap());
+    let request = Request::builder()
+        .uri(format!("{path}/events"))
+        .header(header::AUTHORIZATION, format!("Bearer {}", api.key))
+        .header(header::ACCEPT, "text/event-stream");
+    let mut body = api.app.clone().oneshot(request.body(Body::empty()).unwrap()).await.unwrap().into_body();
+    let first = body.frame().await.unwrap().unwrap().into_data().unwrap();
+    assert!(String::from_utf8_lossy(&first).contains("id: 1\n"));
+    for action in ["pause", "resume", "cancel"] {
+        api.ok("POST", &format!("{path}/{action}"), None).await;
+    }
+    // The stream ends by itself, since the job has.
+    let rest = String::from_utf8_lossy(&body.collect().await.unwrap().to_bytes()).into_owned();
+    let ids: Vec<&str> = rest.lines().filter_map(|line| line.strip_prefix("id: ")).collect();
+    assert_eq!(ids, ["2", "3", "4"], "{rest}");
+}
+
+#[sqlx::test(migrator = "crate::MIGRATOR")]
 async fn nothing_that_is_needed_can_be_deleted(db: PgPool) {
     let api = Api::start(db).await;
     let job = api.pretraining().await;
