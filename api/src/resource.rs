@@ -2,11 +2,13 @@
 
 use axum::http::StatusCode;
 use lathe_jobs::{
-    queue::{self, QueueError, TransitionError},
+    ids,
+    queue::{self, NewJob, QueueError, TransitionError},
+    spec::Spec,
     state::ResourceState,
 };
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
@@ -15,6 +17,7 @@ use crate::{
     page::{Order, Page},
     problem::ApiError,
     state::AppState,
+    train_request::MAX_ATTEMPTS,
 };
 
 /// Where a dataset, tokenizer or model stands.
@@ -170,4 +173,25 @@ pub async fn remove_artifacts(state: &AppState, keys: Vec<String>) {
 /// 409 for something that is asked to serve before it is ready.
 pub fn not_ready(what: &str, id: &str, state: ResourceState) -> ApiError {
     ApiError::conflict(format!("The {what} `{id}` is {state}, not ready.")).with_code("not_ready")
+}
+
+/// A job of the light pool that nothing but what it makes or reads tells apart.
+pub fn light_job(project_id: &str, name: Option<&str>, spec: Spec) -> NewJob {
+    NewJob {
+        id: ids::new("job"),
+        project_id: project_id.to_owned(),
+        name: name.map(str::to_owned),
+        spec,
+        request: json!({}),
+        metadata: json!({}),
+        priority: 0,
+        max_attempts: MAX_ATTEMPTS,
+        devices: 0,
+        dataset_id: None,
+        validation_dataset_id: None,
+        tokenizer_id: None,
+        base_model_id: None,
+        model_id: None,
+        needs: Vec::new(),
+    }
 }

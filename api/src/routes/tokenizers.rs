@@ -17,7 +17,7 @@ use lathe_jobs::{
 };
 use lathe_model::tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 use sqlx::{Connection, PgConnection};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
@@ -216,7 +216,14 @@ async fn insert_trained(conn: &mut PgConnection, project_id: &str, body: TrainTo
     let needs = datasets::find_usable(conn, project_id, &body.dataset, "dataset").await?;
     let id = ids::new("tok");
     let spec = Spec::Tokenizer { vocabulary: body.vocab_size };
-    let job_id = enqueue(conn, project_id, &body.name, spec, &id, Some(body.dataset.clone()), needs).await?;
+    let job = NewJob {
+        dataset_id: Some(body.dataset.clone()),
+        tokenizer_id: Some(id.clone()),
+        needs: needs.into_iter().collect(),
+        ..resource::light_job(project_id, Some(&body.name), spec)
+    };
+    let job_id = job.id.clone();
+    queue::enqueue(conn, job).await.map_err(resource::not_enqueued)?;
     sqlx::query!(
         "INSERT INTO tokenizers (id, project_id, name, state, job_id, type, dataset_id, vocabulary, metadata)
          VALUES ($1, $2, $3, 'queued', $4, 'bpe', $5, $6, $7)",
@@ -244,7 +251,9 @@ async fn insert_imported(conn: &mut PgConnection, project_id: &str, body: Import
     .ok_or_else(|| resource::unknown("file", &body.file, "file"))?;
     let id = ids::new("tok");
     let spec = Spec::TokenizerImport { file: body.file.clone() };
-    let job_id = enqueue(conn, project_id, &body.name, spec, &id, None, None).await?;
+    let job = NewJob { tokenizer_id: Some(id.clone()), ..resource::light_job(project_id, Some(&body.name), spec) };
+    let job_id = job.id.clone();
+    queue::enqueue(conn, job).await.map_err(resource::not_enqueued)?;
     sqlx::query!(
         "INSERT INTO tokenizers (id, project_id, name, state, job_id, type, file_id, metadata) VALUES ($1, $2, $3, 'queued', $4, 'imported', $5, $6)",
         id,
@@ -256,38 +265,6 @@ async fn insert_imported(conn: &mut PgConnection, project_id: &str, body: Import
     )
     .execute(conn)
     .await?;
-    Ok(id)
-}
-
-#[allow(clippy::too_many_arguments)]
-async fn enqueue(
-    conn: &mut PgConnection,
-    project_id: &str,
-    name: &str,
-    spec: Spec,
-    tokenizer_id: &str,
-    dataset_id: Option<String>,
-    needs: Option<String>,
-) -> Result<String, ApiError> {
-    let id = ids::new("job");
-    let job = NewJob {
-        id: id.clone(),
-        project_id: project_id.to_owned(),
-        name: Some(name.to_owned()),
-        spec,
-        request: json!({}),
-        metadata: json!({}),
-        priority: 0,
-        max_attempts: crate::train_request::MAX_ATTEMPTS,
-        devices: 0,
-        dataset_id,
-        validation_dataset_id: None,
-        tokenizer_id: Some(tokenizer_id.to_owned()),
-        base_model_id: None,
-        model_id: None,
-        needs: needs.into_iter().collect(),
-    };
-    queue::enqueue(conn, job).await.map_err(resource::not_enqueued)?;
     Ok(id)
 }
 

@@ -2,14 +2,13 @@
 
 use axum::{Json, extract::State, http::StatusCode};
 use lathe_jobs::{
-    ids,
     queue::{self, NewJob},
     spec::Spec,
     state::{JobState, ResourceState},
 };
 use lathe_model::data::rows::{Dataset, Row};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 use sqlx::{Connection, PgConnection};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -281,21 +280,10 @@ async fn count_tokens(conn: &mut PgConnection, project_id: &str, dataset: &str, 
     }
     let needs = super::find_usable(&mut tx, project_id, dataset, "dataset_id").await?.into_iter().chain(tokenizer_job);
     let job = NewJob {
-        id: ids::new("job"),
-        project_id: project_id.to_owned(),
-        name: None,
-        spec: Spec::Statistics {},
-        request: json!({}),
-        metadata: json!({}),
-        priority: 0,
-        max_attempts: crate::train_request::MAX_ATTEMPTS,
-        devices: 0,
         dataset_id: Some(dataset.to_owned()),
-        validation_dataset_id: None,
         tokenizer_id: Some(tokenizer.to_owned()),
-        base_model_id: None,
-        model_id: None,
         needs: needs.collect(),
+        ..resource::light_job(project_id, None, Spec::Statistics {})
     };
     let job_id = job.id.clone();
     queue::enqueue(&mut tx, job).await.map_err(resource::not_enqueued)?;

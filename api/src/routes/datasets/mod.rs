@@ -12,7 +12,7 @@ use lathe_jobs::{
     state::ResourceState,
 };
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 use sqlx::{Connection, PgConnection};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
@@ -184,26 +184,11 @@ impl NewDataset<'_> {
             }
             DatasetSource::Template { exclude, .. } => (Vec::new(), find_excluded(conn, project_id, exclude).await?),
         };
-        let (id, job_id) = (ids::new("ds"), ids::new("job"));
+        let id = ids::new("ds");
         let source = serde_json::to_value(&self.source).map_err(ApiError::internal)?;
         let metadata = self.metadata.to_row();
-        let job = NewJob {
-            id: job_id.clone(),
-            project_id: project_id.to_owned(),
-            name: Some(self.name.to_owned()),
-            spec: Spec::Ingest { source: self.source },
-            request: json!({}),
-            metadata: json!({}),
-            priority: 0,
-            max_attempts: crate::train_request::MAX_ATTEMPTS,
-            devices: 0,
-            dataset_id: Some(id.clone()),
-            validation_dataset_id: None,
-            tokenizer_id: None,
-            base_model_id: None,
-            model_id: None,
-            needs,
-        };
+        let job = NewJob { dataset_id: Some(id.clone()), needs, ..resource::light_job(project_id, Some(self.name), Spec::Ingest { source: self.source }) };
+        let job_id = job.id.clone();
         queue::enqueue(conn, job).await.map_err(resource::not_enqueued)?;
         sqlx::query!(
             "INSERT INTO datasets (id, project_id, name, state, job_id, source, implicit, metadata) VALUES ($1, $2, $3, 'queued', $4, $5, $6, $7)",
