@@ -114,7 +114,7 @@ impl Client {
         let name = path.file_name().map_or_else(|| "file".to_owned(), |name| name.to_string_lossy().into_owned());
         let body = reqwest::Body::wrap_stream(tokio_util::io::ReaderStream::new(file));
         let part = multipart::Part::stream_with_length(body, length).file_name(name);
-        let form = multipart::Form::new().text("purpose", "fine-tune").part("file", part);
+        let form = multipart::Form::new().text("purpose", "user_data").part("file", part);
         let mut request = Some(self.request(Method::POST, "/v1/files").multipart(form));
         #[derive(Deserialize)]
         struct Uploaded {

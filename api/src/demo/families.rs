@@ -88,3 +88,101 @@ fn matches(pieces: &[String], text: &str) -> bool {
     }
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashSet, path::Path, sync::atomic::AtomicBool};
+
+    use lathe_jobs::run::ingest::{self, IngestSpec, Source, TemplateSource};
+    use lathe_model::data::rows::{Dataset, Row};
+
+    use super::*;
+
+    const ROWS: u64 = 2_700;
+
+    /// Rows as (family, instruction, output), made as the server makes them.
+    fn made(families: &[Family], folder: &Path, rows: u64, seed: u64, exclude: &[&Path]) -> Vec<(usize, String, String)> {
+        let templates = families.iter().map(|family| serde_json::from_value(family.template.clone()).expect("a template")).collect();
+        let exclude = exclude.iter().map(|folder| folder.to_path_buf()).collect();
+        let source = Source::Template(TemplateSource { rows, seed, templates, exclude });
+        let spec = IngestSpec { source, output: folder.to_owned(), max_bytes: 1 << 30, max_ratio: 100, max_line_bytes: 1 << 20 };
+        ingest::run(spec, &mut |_| {}, &AtomicBool::new(false)).expect("rows");
+        let mut dataset = Dataset::open(folder).expect("a dataset");
+        let rows = dataset.iter().expect("rows").map(|row| match row.expect("a row") {
+            Row::Conversation { turns, .. } => {
+                let turn = turns.into_iter().next().expect("a turn");
+                (recognise(families, &turn.instruction).expect("a family"), turn.instruction, turn.output)
+            }
+            Row::Text { text } => panic!("a text: {text}"),
+        });
+        rows.collect()
+    }
+
+    /// What two rows of a family must not share. Its output tells a row's variables, except that
+    /// many names have the same initials: there it is the names.
+    fn variables(families: &[Family], (family, instruction, output): &(usize, String, String)) -> (usize, String) {
+        let names = |text: &str| text.split([' ', '?', '.']).filter(|word| word.starts_with(char::is_uppercase) && !["What", "Shorten"].contains(word)).collect::<Vec<_>>().join(" ");
+        (*family, if families[*family].name == "initials" { names(instruction) } else { output.clone() })
+    }
+
+    #[test]
+    fn no_held_out_rows_variables_occur_together_in_a_training_row() {
+        let families = load().expect("families");
+        let root = tempfile::tempdir().expect("a folder");
+        let (first, second) = (root.path().join("held_out"), root.path().join("train"));
+        let held_out = made(&families, &first, ROWS / 2, 1, &[]);
+        let train = made(&families, &second, 4 * ROWS, 2, &[&first]);
+        let known: HashSet<_> = train.iter().map(|row| variables(&families, row)).collect();
+        let shared: Vec<_> = held_out.iter().filter(|row| known.contains(&variables(&families, row))).collect();
+        assert!(shared.is_empty(), "{shared:?}");
+    }
+
+    #[test]
+    fn every_family_is_recognised_and_has_many_answers() {
+        let families = load().expect("families");
+        assert!(families.len() >= 7);
+        let root = tempfile::tempdir().expect("a folder");
+        let rows = made(&families, &root.path().join("rows"), ROWS, 3, &[]);
+        let each = ROWS as usize / families.len();
+        for (index, family) in families.iter().enumerate() {
+            let answers: Vec<&String> = rows.iter().filter(|row| row.0 == index).map(|row| &row.2).collect();
+            assert_eq!(answers.len(), each, "{}", family.name);
+            let distinct: HashSet<_> = answers.iter().collect();
+            let commonest = distinct.iter().map(|answer| answers.iter().filter(|other| other == *answer).count()).max();
+            assert!(commonest.is_some_and(|count| count * 20 < each), "{}: {commonest:?} of {each}", family.name);
+        }
+    }
+
+    #[test]
+    fn the_tasks_are_computed_rightly() {
+        let families = load().expect("families");
+        let root = tempfile::tempdir().expect("a folder");
+        for (family, instruction, output) in made(&families, &root.path().join("rows"), ROWS, 4, &[]) {
+            let digits = |text: &str| text.chars().filter(char::is_ascii_digit).collect::<Vec<_>>();
+            match families[family].name.as_str() {
+                "sort digits" => {
+                    let mut sorted = digits(&instruction);
+                    sorted.sort_unstable();
+                    assert_eq!(sorted, digits(&output), "{instruction}");
+                }
+                "reverse letters" => {
+                    let backwards: String = output.chars().rev().collect();
+                    assert!(instruction.contains(&backwards), "{instruction} → {output}");
+                }
+                "reminder" => {
+                    let noon = instruction.contains("12 pm") == output.ends_with("12:00");
+                    let midnight = instruction.contains("12 am") == output.ends_with("00:00");
+                    assert!(noon && midnight, "{instruction} → {output}");
+                }
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn a_wording_is_matched_by_what_stands_between_its_variables() {
+        let wording = pieces("Say {{ a }} to {{ b }}.");
+        assert!(matches(&wording, "Say hello to Nora."));
+        assert!(!matches(&wording, "Say hello."));
+    }
+}
