@@ -51,7 +51,8 @@ pub struct Job {
     pub id: String,
     pub state: String,
     pub phase: Option<String>,
-    pub step: Option<u64>,
+    /// The last finished step; 0 before the first.
+    pub step: u64,
     pub steps: Option<u64>,
     pub loss: Option<f64>,
     pub tokens_per_second: Option<f64>,

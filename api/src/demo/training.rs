@@ -20,10 +20,8 @@ const AVERAGED: usize = 5;
 #[derive(Debug)]
 pub struct Trained {
     pub model: String,
-    pub steps: u64,
     pub first_loss: f64,
     pub last_loss: f64,
-    pub validation_loss: Option<f64>,
 }
 
 /// Creates a dataset or a tokenizer at `path` and waits until it is ready. Returns its id.
@@ -46,7 +44,8 @@ pub async fn train(client: &Client, title: &'static str, body: &Value) -> Result
     let mut job: Job = client.create("/v1/training/jobs", body).await?;
     let path = format!("/v1/training/jobs/{}", job.id);
     while !matches!(job.state.as_str(), "succeeded" | "failed" | "cancelled") {
-        stage.progress(job.step.unwrap_or(0), job.steps.filter(|_| job.step.is_some()), &note(&job));
+        // The bar begins with the first step; before it, `note` says what is prepared.
+        stage.progress(job.step, job.steps.filter(|_| job.step > 0), &note(&job));
         tokio::time::sleep(PERIOD).await;
         job = client.get(&path).await?;
     }
@@ -60,7 +59,7 @@ pub async fn train(client: &Client, title: &'static str, body: &Value) -> Result
     let validation_loss = metrics.data.iter().rev().find_map(|row| row.validation_loss);
     let validation = validation_loss.map_or(String::new(), |loss| format!(", {loss:.2} on rows held back"));
     stage.finish(&format!("{steps} steps, loss {first_loss:.2} → {last_loss:.2}{validation}"));
-    Ok(Trained { model, steps, first_loss, last_loss, validation_loss })
+    Ok(Trained { model, first_loss, last_loss })
 }
 
 /// Loss, speed and the time that is left, as far as they are known.
