@@ -2,10 +2,10 @@
 
 use std::{
     ffi::OsString,
-    fs::{File, OpenOptions},
+    fs::{DirBuilder, File, OpenOptions},
     net::SocketAddr,
-    os::unix::fs::OpenOptionsExt,
-    path::PathBuf,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     time::{Duration, Instant},
 };
@@ -39,7 +39,7 @@ impl Server {
         let listen = args.api.listen;
         refuse_if_taken(listen).await?;
         let data_dir = &args.database.data_dir;
-        std::fs::create_dir_all(data_dir)?;
+        make_private(data_dir)?;
         let log = data_dir.join("demo-server.log");
         let child = spawn(&log).await?;
         let base = format!("http://{}", reachable(listen));
@@ -94,6 +94,12 @@ impl Server {
     }
 }
 
+/// The data directory with the modes that `serve` gives it, since the log goes there first.
+fn make_private(folder: &Path) -> std::io::Result<()> {
+    let mode = if nix::unistd::geteuid().is_root() { 0o711 } else { 0o700 };
+    DirBuilder::new().recursive(true).mode(mode).create(folder)
+}
+
 async fn refuse_if_taken(listen: SocketAddr) -> Result<(), DemoError> {
     match tokio::net::TcpListener::bind(listen).await {
         Ok(_) => Ok(()),
@@ -104,7 +110,7 @@ async fn refuse_if_taken(listen: SocketAddr) -> Result<(), DemoError> {
 
 /// This binary as `serve` with the flags that the demo was given. Its log goes to a file, so that
 /// the demo's own lines can be read.
-async fn spawn(log: &std::path::Path) -> Result<Child, DemoError> {
+async fn spawn(log: &Path) -> Result<Child, DemoError> {
     let out: File = OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(log)?;
     let mut command = Command::new(std::env::current_exe()?);
     command.args(serve_arguments(std::env::args_os().skip(1)));
