@@ -148,7 +148,7 @@ mod tests {
             let answers: Vec<&String> = rows.iter().filter(|row| row.0 == index).map(|row| &row.2).collect();
             assert_eq!(answers.len(), each, "{}", family.name);
             let distinct: HashSet<_> = answers.iter().collect();
-            let commonest = distinct.iter().map(|answer| answers.iter().filter(|other| other == *answer).count()).max();
+            let commonest = distinct.iter().map(|answer| answers.iter().filter(|other| other == answer).count()).max();
             assert!(commonest.is_some_and(|count| count * 20 < each), "{}: {commonest:?} of {each}", family.name);
         }
     }

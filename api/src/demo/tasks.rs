@@ -32,7 +32,7 @@ const TRAIN_ROWS: u64 = 36_000;
 const HELD_OUT_ROWS: u64 = 1_080;
 const VOCABULARY: u64 = 1_024;
 const PRETRAIN_STEPS: u64 = 300;
-const TUNE_STEPS: u64 = 4_600;
+const TUNE_STEPS: u64 = 4_000;
 
 /// Questions that are asked at the same time.
 const CONCURRENCY: usize = 32;
