@@ -1,0 +1,88 @@
+"""Drives a Lathe server with the stock `openai` SDK: files, a fine-tuning job, its events, models, chat.
+
+Run by tests/it/openai_sdk.rs, which gives LATHE_URL, LATHE_KEY and LATHE_BASE_MODEL (a ready causal model).
+"""
+
+import io
+import json
+import os
+import time
+
+import openai
+
+client = openai.OpenAI(base_url=os.environ["LATHE_URL"] + "/v1", api_key=os.environ["LATHE_KEY"], max_retries=1, timeout=120)
+base_model = os.environ["LATHE_BASE_MODEL"]
+
+
+def refused(kind, call):
+    try:
+        call()
+    except kind as error:
+        return error
+    raise AssertionError(f"{kind.__name__} was expected")
+
+
+def rows():
+    for a in range(40):
+        yield {"messages": [{"role": "user", "content": f"{a}+1?"}, {"role": "assistant", "content": str(a + 1)}]}
+
+
+def check_files():
+    content = "\n".join(map(json.dumps, rows())).encode()
+    file = client.files.create(file=("sums.jsonl", io.BytesIO(content)), purpose="fine-tune")
+    assert file.status == "processed" and file.bytes == len(content), file
+    assert client.files.retrieve(file.id).filename == "sums.jsonl"
+    assert client.files.content(file.id).read() == content
+    assert file.id in [listed.id for listed in client.files.list()]
+    refused(openai.NotFoundError, lambda: client.files.retrieve("file-missing"))
+    return file
+
+
+def check_job(file):
+    job = client.fine_tuning.jobs.create(
+        model=base_model,
+        training_file=file.id,
+        suffix="sums",
+        seed=3,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 8}}},
+    )
+    assert job.object == "fine_tuning.job" and job.status in ("queued", "validating_files", "running"), job
+    assert job.hyperparameters.n_epochs == 2 and job.seed == 3 and job.result_files == []
+    until = time.monotonic() + 120
+    while job.status not in ("succeeded", "failed", "cancelled"):
+        assert time.monotonic() < until, job
+        time.sleep(0.1)
+        job = client.fine_tuning.jobs.retrieve(job.id)
+    assert job.status == "succeeded", job
+    assert job.fine_tuned_model.startswith("ft:") and job.finished_at >= job.created_at and job.trained_tokens > 0
+    assert job.id in [listed.id for listed in client.fine_tuning.jobs.list(limit=1)]
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=2))
+    assert len({event.id for event in events}) == len(events) > 2 and events[-1].message
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+    assert checkpoints and checkpoints[0].fine_tuned_model_checkpoint.startswith(job.fine_tuned_model)
+    again = refused(openai.ConflictError, lambda: client.fine_tuning.jobs.cancel(job.id))
+    assert again.code == "illegal_state", again
+    unknown = refused(openai.BadRequestError, lambda: client.fine_tuning.jobs.create(model=base_model, training_file=file.id, extra_body={"colour": 1}))
+    assert unknown.param == "colour", unknown
+    return job.fine_tuned_model
+
+
+def check_chat(model):
+    assert model in [listed.id for listed in client.models.list()]
+    assert client.models.retrieve(model).id == model
+    messages = [{"role": "user", "content": "3+1?"}]
+    whole = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=8)
+    assert whole.choices[0].finish_reason in ("stop", "length") and whole.usage.total_tokens > 0
+    stream = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=8, stream=True, stream_options={"include_usage": True})
+    text, usage = "", None
+    for chunk in stream:
+        usage = chunk.usage or usage
+        text += "".join(choice.delta.content or "" for choice in chunk.choices)
+    assert text == (whole.choices[0].message.content or ""), (text, whole)
+    assert usage.completion_tokens == whole.usage.completion_tokens, usage
+
+
+file = check_files()
+check_chat(check_job(file))
+assert client.files.delete(file.id).deleted
+print("the openai SDK", openai.__version__, "is content")
