@@ -1,1 +1,5 @@
 
+mod api;
+mod auth;
+mod contract;
+mod files;

@@ -1,0 +1,97 @@
+//! Keys: who gets in, who sees what, and how soon a revoked key is useless.
+
+use std::time::{Duration, Instant};
+
+use reqwest::Method;
+use serde_json::json;
+use sqlx::PgPool;
+
+use crate::api::{Api, answer, refused};
+
+#[sqlx::test(migrator = "lathe_api::MIGRATOR")]
+async fn a_key_lives_from_creation_to_revocation(db: PgPool) {
+    let api = Api::start(db).await;
+    let (status, project) = api.post("/v1/projects", &json!({"name": "research", "metadata": {"team": "nlp"}})).await;
+    assert_eq!(status, 200, "{project}");
+    refused("the name again", &api.post("/v1/projects", &json!({"name": "research"})).await, &[409]);
+    let keys = format!("/v1/projects/{}/keys", project["id"].as_str().unwrap());
+    let (status, key) = api.post(&keys, &json!({"name": "ci"})).await;
+    assert_eq!((status.as_u16(), &key["scope"]), (200, &json!("project")), "{key}");
+    let secret = key["key"].as_str().unwrap().to_owned();
+    assert!(secret.ends_with(key["hint"].as_str().unwrap()));
+    let (_, listed) = api.get(&keys).await;
+    assert_eq!(listed["data"].as_array().unwrap().len(), 1);
+    assert!(!listed.to_string().contains(&secret), "a list shows a secret");
+
+    let files = || answer(api.client.get(format!("{}/v1/files", api.base)).bearer_auth(&secret));
+    assert_eq!(files().await.0, 200);
+    let projects = answer(api.client.get(format!("{}/v1/projects", api.base)).bearer_auth(&secret)).await;
+    refused("projects with a project's key", &projects, &[403]);
+
+    let (status, _) = api.delete(&format!("{keys}/{}", key["id"].as_str().unwrap())).await;
+    assert_eq!(status, 200);
+    refused("a revoked key", &files().await, &[401]);
+}
+
+/// Another process that revokes a key is not told here, so only forgetting helps.
+#[sqlx::test(migrator = "lathe_api::MIGRATOR")]
+async fn a_key_revoked_elsewhere_stops_within_seconds(db: PgPool) {
+    let api = Api::start(db.clone()).await;
+    assert_eq!(api.get("/v1/files").await.0, 200);
+    sqlx::query("UPDATE api_keys SET revoked_at = now()").execute(&db).await.unwrap();
+    let began = Instant::now();
+    while api.get("/v1/files").await.0 != 401 {
+        assert!(began.elapsed() < Duration::from_secs(4), "a revoked key still works");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[sqlx::test(migrator = "lathe_api::MIGRATOR")]
+async fn no_body_is_read_before_the_key(db: PgPool) {
+    let api = Api::start(db).await;
+    let endless = futures_util::stream::repeat_with(|| Ok::<_, std::io::Error>(vec![b' '; 1 << 16]));
+    let request = api.client.post(format!("{}/v1/projects", api.base)).header("content-type", "application/json");
+    // The server answers and closes; a client that goes on sending may see either.
+    match request.body(reqwest::Body::wrap_stream(endless)).send().await {
+        Ok(response) => assert_eq!(response.status(), 401),
+        Err(error) => assert!(error.is_request(), "{error}"),
+    }
+}
+
+#[sqlx::test(migrator = "lathe_api::MIGRATOR")]
+async fn metrics_are_for_admins(db: PgPool) {
+    let api = Api::start(db).await;
+    let metrics = |key: &str| api.client.get(format!("{}/metrics", api.base)).bearer_auth(key.to_owned()).send();
+    assert_eq!(metrics(&api.other).await.unwrap().status(), 403);
+    assert_eq!(metrics("nobody").await.unwrap().status(), 401);
+    let text = metrics(&api.key).await.unwrap().text().await.unwrap();
+    assert!(text.contains("lathe_http_requests_total{method=\"GET\",route=\"/metrics\",status=\"401\"} 1"), "{text}");
+}
+
+#[sqlx::test(migrator = "lathe_api::MIGRATOR")]
+async fn creations_happen_once(db: PgPool) {
+    let api = Api::start(db).await;
+    let create = |name: &str, header: (&'static str, &'static str)| {
+        answer(api.request(Method::POST, "/v1/projects").header(header.0, header.1).json(&json!({"name": name})))
+    };
+    let first = create("a", ("idempotency-key", "one")).await;
+    assert_eq!(first.0, 200);
+    assert_eq!(create("a", ("idempotency-key", "one")).await, first);
+    refused("the key with another body", &create("b", ("idempotency-key", "one")).await, &[422]);
+    // As OpenAI's SDKs retry: the first attempt counts 0 and is a new request always.
+    let first = create("c", ("x-stainless-retry-count", "0")).await;
+    assert_eq!(create("c", ("x-stainless-retry-count", "1")).await, first);
+    refused("a new request", &create("c", ("x-stainless-retry-count", "0")).await, &[409]);
+}
+
+#[sqlx::test(migrator = "lathe_api::MIGRATOR")]
+async fn a_lost_database_is_a_503(db: PgPool) {
+    let api = Api::start(db.clone()).await;
+    db.close().await;
+    let response = api.request(Method::GET, "/v1/files").send().await.unwrap();
+    assert_eq!(response.status(), 503);
+    assert!(response.headers().contains_key("retry-after"));
+    assert_eq!(api.get("/healthz").await.0, 200);
+    let (status, readiness) = api.get("/readyz").await;
+    assert_eq!((status.as_u16(), &readiness["ready"]), (503, &json!(false)));
+}
