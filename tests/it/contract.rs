@@ -45,14 +45,9 @@ impl Operation {
     /// The example bodies: beside the schema or inside it.
     fn examples(&self, document: &Value) -> Vec<Value> {
         let content = &self.stated["requestBody"]["content"]["application/json"];
-        let schema = match content["schema"]["$ref"].as_str() {
-            Some(name) => &document["components"]["schemas"][name.trim_start_matches("#/components/schemas/")],
-            None => &content["schema"],
-        };
         let named = content["examples"].as_object().into_iter().flatten().map(|(_, example)| example["value"].clone());
-        let listed = schema["examples"].as_array().into_iter().flatten().cloned();
-        let single = [content["example"].clone(), schema["example"].clone()].into_iter().filter(|example| !example.is_null());
-        named.chain(listed).chain(single).collect()
+        let beside = Some(&content["example"]).filter(|example| !example.is_null()).cloned();
+        named.chain(beside).chain(schema_examples(&content["schema"], document)).collect()
     }
 
     /// The path with its parameters filled in.
@@ -74,6 +69,20 @@ impl Operation {
         })
         .await
     }
+}
+
+/// A schema's own examples, else those of its forms.
+fn schema_examples(schema: &Value, document: &Value) -> Vec<Value> {
+    let schema = match schema["$ref"].as_str() {
+        Some(name) => &document["components"]["schemas"][name.trim_start_matches("#/components/schemas/")],
+        None => schema,
+    };
+    let own = schema["examples"].as_array().into_iter().flatten().chain(Some(&schema["example"]).filter(|example| !example.is_null()));
+    let own: Vec<Value> = own.cloned().collect();
+    if !own.is_empty() {
+        return own;
+    }
+    schema["oneOf"].as_array().into_iter().flatten().flat_map(|form| schema_examples(form, document)).collect()
 }
 
 #[test]
