@@ -14,14 +14,25 @@ pub(super) struct Loaded {
     pub(super) never: Vec<u32>,
 }
 
-pub(super) fn load(folder: &Path, dtype: Dtype, device: tch::Device) -> Result<Loaded, StartError> {
-    let failed = |error: &dyn std::fmt::Display| StartError::Model(error.to_string());
-    let config: serde_json::Value = serde_json::from_slice(&std::fs::read(folder.join("config.json"))?).map_err(|error| failed(&error))?;
-    let shape: ModelConfig = serde_json::from_value(config["model"].clone()).map_err(|error| failed(&error))?;
-    let tokenizer = Tokenizer::load(folder).map_err(|error| failed(&error))?;
+fn failed(error: impl std::fmt::Display) -> StartError {
+    StartError::Model(error.to_string())
+}
+
+/// The shape alone, which decides how many threads load the rest.
+pub(super) fn shape(folder: &Path) -> Result<ModelConfig, StartError> {
+    let config: serde_json::Value = serde_json::from_slice(&std::fs::read(folder.join("config.json"))?).map_err(failed)?;
+    serde_json::from_value(config["model"].clone()).map_err(failed)
+}
+
+pub(super) fn load(folder: &Path, shape: ModelConfig, dtype: Dtype, device: tch::Device) -> Result<Loaded, StartError> {
+    let tokenizer = Tokenizer::load(folder).map_err(failed)?;
+    if tokenizer.vocabulary() != shape.vocabulary {
+        let (tokens, rows) = (tokenizer.vocabulary(), shape.vocabulary);
+        return Err(StartError::Model(format!("its tokenizer has {tokens} tokens, its embedding {rows}")));
+    }
     let mut parameters = Parameters::frozen(device, dtype.kind());
     let model = Gpt::new(&shape, &mut parameters);
-    let stored = Tensor::read_safetensors(folder.join("weights.safetensors")).map_err(|error| failed(&error))?;
+    let stored = Tensor::read_safetensors(folder.join("weights.safetensors")).map_err(failed)?;
     let mut logical = parameters.logical();
     if stored.len() != logical.len() {
         return Err(StartError::Model(format!("its file has {} tensors, its shape {}", stored.len(), logical.len())));

@@ -26,6 +26,7 @@ use std::{
 };
 
 use crate::{
+    arch::{Gpt, gpt::parameter_count},
     config::{ModelConfig, Sampling},
     protocol::DeviceChoice,
     shim,
@@ -42,7 +43,6 @@ pub use sampler::Sampled;
 pub use scheduler::{Finish, Refusal};
 
 use forward::Forward;
-use load::Loaded;
 use sampler::Sampler;
 use scheduler::{Limits, Request, Scheduler, SequenceId};
 use worker::Worker;
@@ -72,8 +72,8 @@ pub struct EngineConfig {
     /// Every step has the same shape, whoever else is there: logits do not depend on neighbours by
     /// a single bit. Slower, and the cache is allocated whole.
     pub deterministic_decode: bool,
-    /// Threads of tensor work.
-    pub threads: usize,
+    /// Threads of tensor work; `None`: by the model's size, at most one a core.
+    pub threads: Option<usize>,
     pub device: DeviceChoice,
     pub dtype: Dtype,
     /// Bytes that keys and values may take.
@@ -88,7 +88,7 @@ impl Default for EngineConfig {
             max_sequences: 32,
             max_waiting: 256,
             deterministic_decode: false,
-            threads: std::thread::available_parallelism().map_or(1, |cores| cores.get()),
+            threads: None,
             device: DeviceChoice::Cpu,
             dtype: Dtype::Fp32,
             cache_bytes: 2 << 30,
@@ -286,17 +286,20 @@ impl Engine {
     /// Loads the model of a folder and starts its thread. Sets the process's tensor threads.
     pub fn start(folder: &Path, config: EngineConfig) -> Result<EngineHandle, StartError> {
         let loading = || {
-            shim::initialize(config.threads).map_err(|error| StartError::Model(error.to_string()))?;
-            load::load(folder, config.dtype, device(config.device))
+            let shape = load::shape(folder)?;
+            let threads = config.threads.unwrap_or_else(|| threads(&shape));
+            shim::initialize(threads).map_err(|error| StartError::Model(error.to_string()))?;
+            load::load(folder, shape, config.dtype, device(config.device))
         };
         // tch reports lack of memory by panicking.
         let loaded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(loading));
         let loaded = loaded.unwrap_or_else(|panic| Err(StartError::Model(worker::message(&*panic))))?;
-        Engine::spawn(loaded, &config)
+        Engine::spawn(loaded.model, loaded.shape, loaded.never, &config)
     }
 
-    fn spawn(loaded: Loaded, config: &EngineConfig) -> Result<EngineHandle, StartError> {
-        let Loaded { model, shape, never } = loaded;
+    /// Starts a thread for a model in memory, whose weights have the config's type and device.
+    /// `never`: ids that are never chosen.
+    pub fn spawn(model: Gpt, shape: ModelConfig, never: Vec<u32>, config: &EngineConfig) -> Result<EngineHandle, StartError> {
         let limits = limits(&shape, config)?;
         let forward = Forward::new(model, &shape, config.dtype.kind(), device(config.device));
         let sampler = Sampler::new(shape.vocabulary as usize, never);
@@ -313,6 +316,16 @@ impl Engine {
         let worker = Worker::new(forward, sampler, receiver, shared.clone());
         std::thread::Builder::new().name("engine".to_owned()).spawn(move || worker.run())?;
         Ok(EngineHandle { commands, shared })
+    }
+}
+
+/// Below this many parameters a step is too short to share: waking threads costs more than it saves.
+const SHARED_FROM_PARAMETERS: u64 = 16_000_000;
+
+fn threads(shape: &ModelConfig) -> usize {
+    match parameter_count(shape) < SHARED_FROM_PARAMETERS {
+        true => 1,
+        false => std::thread::available_parallelism().map_or(1, |cores| cores.get()),
     }
 }
 

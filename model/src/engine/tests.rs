@@ -6,9 +6,10 @@ use tch::{Device, Kind, Tensor};
 
 use super::*;
 use crate::{
-    arch::Gpt,
     config::{Activation, Architecture, Norm, Positions},
+    data::rows::{Row, Writer},
     nn::{AttentionPlan, Parameters},
+    tokenizer,
 };
 
 const VOCABULARY: usize = 97;
@@ -49,17 +50,13 @@ fn model(shape: &ModelConfig) -> Gpt {
     model
 }
 
-fn loaded(shape: &ModelConfig) -> Loaded {
-    Loaded { model: model(shape), shape: shape.clone(), never: NEVER.to_vec() }
-}
-
 fn config() -> EngineConfig {
-    EngineConfig { threads: 1, prefill_chunk: 8, max_sequences: 32, ..EngineConfig::default() }
+    EngineConfig { threads: Some(1), prefill_chunk: 8, max_sequences: 32, ..EngineConfig::default() }
 }
 
 fn start(shape: &ModelConfig, config: &EngineConfig) -> EngineHandle {
     tch::set_num_threads(1);
-    Engine::spawn(loaded(shape), config).unwrap()
+    Engine::spawn(model(shape), shape.clone(), NEVER.to_vec(), config).unwrap()
 }
 
 /// A prompt of its own for each sequence, of lengths 1 to 29.
@@ -239,7 +236,7 @@ fn bad_requests_are_refused_with_both_numbers() {
     assert_eq!(engine.load().open, 0);
     let small = EngineConfig { deterministic_decode: true, cache_bytes: 1000, ..config() };
     let shape = shape(Positions::Learned, 4);
-    assert!(matches!(Engine::spawn(loaded(&shape), &small), Err(StartError::CacheTooSmall { allowed: 1000, .. })));
+    assert!(matches!(Engine::spawn(model(&shape), shape.clone(), vec![], &small), Err(StartError::CacheTooSmall { allowed: 1000, .. })));
 }
 
 #[test]
@@ -254,7 +251,7 @@ fn a_broken_sequence_harms_no_other() {
         let _ = embedding.get(i64::from(poison)).fill_(f64::NAN);
     }
     let never = (0..VOCABULARY as u32).filter(|&id| id == poison).collect();
-    let engine = Engine::spawn(Loaded { model: gpt, shape, never }, &EngineConfig { max_sequences: 2, ..config() }).unwrap();
+    let engine = Engine::spawn(gpt, shape, never, &EngineConfig { max_sequences: 2, ..config() }).unwrap();
     let good = || Generation { prompt: vec![5, 6, 7], stop_tokens: vec![], ..generation(1, 0.0) };
     let before = collect(submit(&engine, good()));
     let neighbour = submit(&engine, good());
@@ -265,6 +262,38 @@ fn a_broken_sequence_harms_no_other() {
         assert_eq!(answer.ids(), before.ids());
     }
     assert!(engine.is_alive());
+}
+
+/// A folder as training writes it, with a tokenizer of bytes alone.
+fn folder(shape: &ModelConfig) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let mut writer = Writer::create(&folder.path().join("dataset")).unwrap();
+    writer.push(&Row::Text { text: "a".into() }).unwrap();
+    writer.finish().unwrap();
+    tokenizer::train(&folder.path().join("dataset"), tokenizer::MIN_VOCABULARY, folder.path()).unwrap();
+    let mut parameters = Parameters::trainable(Device::Cpu, 5);
+    Gpt::new(shape, &mut parameters);
+    let weights: Vec<(&str, Tensor)> = parameters.logical().into_iter().collect();
+    Tensor::write_safetensors(&weights, folder.path().join("weights.safetensors")).unwrap();
+    std::fs::write(folder.path().join("config.json"), serde_json::json!({"model": shape}).to_string()).unwrap();
+    folder
+}
+
+#[test]
+fn a_model_starts_from_its_folder() {
+    let shape = ModelConfig { vocabulary: tokenizer::MIN_VOCABULARY, ..shape(Positions::Learned, 4) };
+    let folder = folder(&shape);
+    for dtype in [Dtype::Fp32, Dtype::Bf16] {
+        let engine = Engine::start(folder.path(), EngineConfig { dtype, ..config() }).unwrap();
+        let answer = collect(submit(&engine, Generation { stop_tokens: vec![], ..generation(5, 1.0) }));
+        assert_eq!((answer.tokens.len(), answer.finish), (25, Some(Finish::Length)));
+        assert!(answer.ids().iter().all(|&id| id == EOS || id >= 16), "a reserved token was said");
+    }
+    let other = ModelConfig { vocabulary: 300, ..shape };
+    std::fs::write(folder.path().join("config.json"), serde_json::json!({"model": other}).to_string()).unwrap();
+    let Err(StartError::Model(reason)) = Engine::start(folder.path(), config()) else { panic!("it started") };
+    assert!(reason.contains("272") && reason.contains("300"), "{reason}");
+    assert!(matches!(Engine::start(&folder.path().join("none"), config()), Err(StartError::Io(_))));
 }
 
 #[test]
