@@ -3,13 +3,18 @@
 //! Knows no SQL and no HTTP; the only crate that names tch.
 
 pub mod arch;
+pub mod checkpoint;
 pub mod config;
 pub mod data;
+pub mod device;
 pub mod engine;
+pub mod failure;
 pub mod nn;
+pub mod optim;
 pub mod protocol;
 pub mod random;
 pub mod shim;
 pub mod template;
 pub mod tokenizer;
+pub mod train;
 pub mod worker;

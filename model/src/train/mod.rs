@@ -1,0 +1,97 @@
+//! Training: the loop, on one screen.
+//!
+//! A run is (spec, data, model, optimiser, [`TrainState`]); every number that it computes is a
+//! function of these, so a run resumed from a checkpoint equals an uninterrupted one bit for bit on
+//! equal [`Numerics`](crate::protocol::Numerics). The loop knows no database: it reports, and looks
+//! at [`Control`] between micro-batches.
+
+mod divergence;
+mod evaluate;
+mod prepare;
+mod resolve;
+mod run;
+mod state;
+
+use crate::{
+    protocol::{Failure, Level, Phase, Report, TaskResult, TrainTask},
+    shim::TensorError,
+    worker::{Control, Reporter},
+};
+use run::Run;
+pub use state::TrainState;
+
+/// Why a run ended before its last step.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Halt {
+    /// Asked to stop, or the runner is gone.
+    Stopped,
+    Failed(Failure),
+}
+
+impl From<Failure> for Halt {
+    fn from(failure: Failure) -> Halt {
+        Halt::Failed(failure)
+    }
+}
+
+impl From<TensorError> for Halt {
+    fn from(error: TensorError) -> Halt {
+        Halt::Failed(error.into())
+    }
+}
+
+/// Trains to the last step. Stopped by a pause, it saves the last finished step first.
+///
+/// # Errors
+/// [`Halt::Stopped`] after a pause, a cancellation or the runner's end; [`Halt::Failed`] with what to do.
+pub fn train(task: &TrainTask, threads: usize, control: &Control, report: &mut Reporter) -> Result<TaskResult, Halt> {
+    report.send(Report::Phase { phase: Phase::Preparing });
+    let mut run = prepare::prepare(task, threads, report)?;
+    run.rehearse_saving(report)?;
+    report.send(Report::Phase { phase: Phase::Training });
+    while !run.is_done() {
+        match run.step(control) {
+            Err(Halt::Stopped) if control.is_pausing() => {
+                run.save(false, report)?;
+                return Err(Halt::Stopped);
+            }
+            stepped => stepped?,
+        }
+        run.observe(1, None, report)?;
+        let best = run.evaluation_is_due() && evaluate(&mut run, report)?;
+        if run.samples_are_due() {
+            sample(&run, report);
+        }
+        if best || run.checkpoint_is_due() || control.takes_checkpoint() {
+            run.save(best, report)?;
+        }
+    }
+    run.observe(0, None, report)?;
+    run.save(false, report)?;
+    report.send(Report::Phase { phase: Phase::Publishing });
+    run.publish()
+}
+
+/// Validates the newest step; whether it is the best so far.
+fn evaluate(run: &mut Run, report: &mut Reporter) -> Result<bool, Halt> {
+    let loss = evaluate::validation_loss(run)?;
+    run.observe(0, loss, report)?;
+    run.state.validation_loss = loss;
+    let Some(loss) = loss.filter(|loss| loss.is_finite()) else { return Ok(false) };
+    let best = run.state.best.is_none_or(|(_, lowest)| loss < lowest);
+    if best {
+        run.state.best = Some((run.state.step, loss));
+    }
+    Ok(best)
+}
+
+fn sample(run: &Run, report: &mut Reporter) {
+    for prompt in &run.spec.train.sample_prompts {
+        let text = evaluate::sample(run, prompt);
+        let data = serde_json::json!({ "step": run.state.step, "prompt": prompt, "text": text });
+        report.event(Level::Info, "sample", &format!("{prompt} → {text}"), data);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,121 @@
+//! From a task to a run that can take its first step.
+
+use std::path::Path;
+
+use super::{Halt, resolve, run::{Data, Run}};
+use crate::{
+    arch::{Gpt, gpt},
+    checkpoint,
+    config::{Method, Precision, Validation},
+    data::{
+        packing::{self, Packing, Split},
+        shards::{Shard, Source},
+    },
+    device, failure,
+    nn::Parameters,
+    optim::Adamw,
+    protocol::{FailureCode, Numerics, Report, TrainTask},
+    shim,
+    tokenizer::Tokenizer,
+    worker::Reporter,
+};
+
+/// Builds the data, resolves the spec, builds the model and reads what it starts from.
+pub fn prepare(task: &TrainTask, threads: usize, report: &mut Reporter) -> Result<Run, Halt> {
+    let device = device::open(task.device).map_err(|message| failure::new(FailureCode::DeviceUnavailable, message))?;
+    let tokenizer = Tokenizer::load(&task.tokenizer).map_err(|error| Halt::Failed(error.into()))?;
+    let mut spec = task.spec.clone();
+    fit_vocabulary(&mut spec.model.vocabulary, tokenizer.vocabulary())?;
+    let data = prepare_data(task, &tokenizer, threads)?;
+    resolve::resolve(&mut spec.train, &spec.model, data.train.len(), !data.validation.is_empty(), device);
+    let numerics = numerics(device, threads, spec.train.precision);
+    let mut parameters = Parameters::trainable(device, spec.train.seed);
+    let gpt = Gpt::new(&spec.model, &mut parameters);
+    let optimizer = Adamw::new(&parameters, &spec.train.optimizer);
+    let mut state = Default::default();
+    let mut numerics_changed = false;
+    if let Some(folder) = &task.resume {
+        let manifest = checkpoint::verify(folder)?;
+        checkpoint::load(folder, &parameters, &optimizer)?;
+        numerics_changed = manifest.numerics != numerics;
+        state = manifest.state;
+    } else if let Some(folder) = &task.base_model {
+        checkpoint::load_weights(folder, &parameters)?;
+    }
+    report.send(Report::Started { numerics: numerics.clone(), numerics_changed });
+    report.send(Report::Resolved { spec: Box::new(spec.clone()), trained_tokens_per_epoch: data.train.total_supervised() });
+    tracing::info!(parameters = gpt::parameter_count(&spec.model), sequences = data.train.len(), "prepared");
+    Ok(Run::new(task, Parts { spec, device, numerics, tokenizer, data, gpt, parameters, optimizer, state }))
+}
+
+/// What a run is made of.
+pub struct Parts {
+    pub spec: crate::config::JobSpec,
+    pub device: tch::Device,
+    pub numerics: Numerics,
+    pub tokenizer: Tokenizer,
+    pub data: Data,
+    pub gpt: Gpt,
+    pub parameters: Parameters,
+    pub optimizer: Adamw,
+    pub state: super::TrainState,
+}
+
+/// A new model takes the tokenizer's vocabulary; a base model must have it.
+fn fit_vocabulary(vocabulary: &mut i64, tokenizer: i64) -> Result<(), Halt> {
+    if *vocabulary == 0 {
+        *vocabulary = tokenizer;
+    }
+    if *vocabulary != tokenizer {
+        let message = format!("the model has {vocabulary} tokens and the tokenizer {tokenizer}: use the tokenizer that the model was trained with");
+        return Err(failure::new(FailureCode::InvalidTokenizer, message).into());
+    }
+    Ok(())
+}
+
+fn prepare_data(task: &TrainTask, tokenizer: &Tokenizer, threads: usize) -> Result<Data, Halt> {
+    let spec = &task.spec;
+    let context = spec.model.context as u64;
+    let shard_of = |dataset: &Path, dataset_sha256: &str| {
+        let tokenizer_sha256 = task.tokenizer_sha256.as_str();
+        let method = &spec.method;
+        Shard::prepare(&task.shard_cache, Source { dataset, dataset_sha256, tokenizer, tokenizer_sha256, method, context, threads })
+    };
+    let shard = shard_of(&task.dataset, &task.dataset_sha256)?;
+    let whole = matches!(spec.method, Method::Instruction { .. });
+    let split = match spec.validation {
+        Some(Validation::Fraction { fraction }) => packing::split(&shard, fraction, spec.train.seed, whole),
+        _ => Split { train: packing::all(&shard).collect(), validation: Vec::new() },
+    };
+    let train = Packing::of(&shard, split.train, context);
+    if train.is_empty() {
+        let message = "no token of the training data is supervised: for tuning the dataset needs rows with an instruction and an output, for pretraining some text";
+        return Err(failure::new(FailureCode::NoSupervisedTokens, message).into());
+    }
+    let mut validation = Packing::of(&shard, split.validation, context);
+    let mut validation_shard = None;
+    if let Some(folder) = &task.validation_dataset {
+        let manifest = crate::data::rows::Dataset::open(folder).map_err(failure::io)?.manifest;
+        let other = shard_of(folder, &manifest.sha256)?;
+        validation = Packing::of(&other, packing::all(&other), context);
+        validation_shard = Some(other);
+    }
+    if spec.validation.is_some() && validation.is_empty() {
+        let message = "nothing is left to validate on: raise the validation's fraction, or add rows";
+        return Err(failure::new(FailureCode::DatasetTooSmall, message).into());
+    }
+    Ok(Data { shard, train, validation_shard, validation })
+}
+
+fn numerics(device: tch::Device, threads: usize, precision: Option<Precision>) -> Numerics {
+    Numerics {
+        device: match device {
+            tch::Device::Cuda(_) => "cuda".into(),
+            _ => "cpu".into(),
+        },
+        threads,
+        instruction_set: shim::instruction_set(),
+        precision,
+        libtorch: shim::libtorch_version(),
+    }
+}

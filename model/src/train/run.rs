@@ -1,0 +1,279 @@
+//! A run in memory, and the parts of the loop: one step, what is read of it later, saving.
+
+use std::{
+    collections::VecDeque,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use tch::{Device, Kind, Tensor};
+
+use super::{Halt, TrainState, prepare::Parts};
+use crate::{
+    arch::{Gpt, gpt::Pass},
+    checkpoint::{self, Trained},
+    config::{JobSpec, Method, Precision},
+    data::{
+        batch::{Batch, Order},
+        packing::Packing,
+        shards::Shard,
+    },
+    failure,
+    nn::{Dropout, Parameters},
+    optim::{Adamw, schedule},
+    protocol::{Level, MetricRow, Numerics, Report, TaskResult, TrainTask},
+    random::{self, Stream},
+    shim::{self, Autocast},
+    tokenizer::Tokenizer,
+    worker::{Control, Reporter},
+};
+
+/// Time between checkpoints where no number of steps is given.
+const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(60);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The training set and the validation set.
+#[derive(Debug)]
+pub struct Data {
+    pub shard: Shard,
+    pub train: Packing,
+    /// `None`: validation is a part of `shard`.
+    pub validation_shard: Option<Shard>,
+    pub validation: Packing,
+}
+
+impl Data {
+    pub fn validation(&self) -> Option<(&Shard, &Packing)> {
+        let shard = self.validation_shard.as_ref().unwrap_or(&self.shard);
+        (!self.validation.is_empty()).then_some((shard, &self.validation))
+    }
+}
+
+/// A finished step whose numbers still lie on the device.
+struct Pending {
+    step: u64,
+    loss: Tensor,
+    grad_norm: Tensor,
+    learning_rate: f64,
+    supervised: u64,
+}
+
+pub struct Run {
+    pub spec: JobSpec,
+    pub device: Device,
+    pub numerics: Numerics,
+    pub tokenizer: Tokenizer,
+    pub data: Data,
+    pub gpt: Gpt,
+    pub parameters: Parameters,
+    pub optimizer: Adamw,
+    pub state: TrainState,
+    tokenizer_folder: PathBuf,
+    staging: PathBuf,
+    disk_low_bytes: u64,
+    pending: VecDeque<Pending>,
+    /// Tokens since the last metric row, and since when.
+    rate: (u64, Instant),
+    saved: (u64, Instant),
+    progress: Instant,
+}
+
+impl Run {
+    pub fn new(task: &TrainTask, parts: Parts) -> Run {
+        let Parts { spec, device, numerics, tokenizer, data, gpt, parameters, optimizer, state } = parts;
+        let now = Instant::now();
+        let saved = (state.step, now);
+        Run {
+            spec,
+            device,
+            numerics,
+            tokenizer,
+            data,
+            gpt,
+            parameters,
+            optimizer,
+            state,
+            tokenizer_folder: task.tokenizer.clone(),
+            staging: task.staging.clone(),
+            disk_low_bytes: task.disk_low_bytes,
+            pending: VecDeque::new(),
+            rate: (0, now),
+            saved,
+            progress: now,
+        }
+    }
+
+    pub fn steps(&self) -> u64 {
+        self.spec.train.steps.unwrap_or(1)
+    }
+
+    pub fn micro_batch_size(&self) -> u64 {
+        self.spec.train.micro_batch_size.unwrap_or(1)
+    }
+
+    pub fn is_done(&self) -> bool {
+        self.state.step >= self.steps()
+    }
+
+    /// The summed fp32 cross-entropy over a batch's supervised targets.
+    pub fn loss_sum(&self, batch: &mut Batch, dropout: Option<&Dropout>) -> Result<Tensor, Halt> {
+        let bf16 = self.spec.train.precision == Some(Precision::Bf16);
+        let autocast = bf16.then(|| Autocast::bf16(self.device)).transpose()?;
+        let mut pass = Pass { plan: &mut batch.plan, dropout };
+        let hidden_btc = self.gpt.hidden(&batch.tokens_bt, &batch.positions_bt, &mut pass);
+        let width = *hidden_btc.size().last().unwrap_or(&0);
+        let hidden_tc = hidden_btc.view([-1, width]);
+        // Where all positions are supervised there is nothing to choose.
+        let hidden_nc = match &batch.chosen {
+            None => hidden_tc,
+            Some(chosen) => shim::move_rows(&hidden_tc, &chosen.places, &chosen.back, &chosen.unused)?,
+        };
+        let logits_nv = self.gpt.logits(&hidden_nc).to_kind(Kind::Float);
+        drop(autocast);
+        Ok(logits_nv.cross_entropy_loss(&batch.targets_n, None::<Tensor>, tch::Reduction::Sum, -100, 0.0))
+    }
+
+    /// One optimiser step over `batch_size` sequences in micro-batches. Nothing here waits for the
+    /// device: the loss and the norm are read by [`Run::observe`] after the next step was begun.
+    pub fn step(&mut self, control: &Control) -> Result<(), Halt> {
+        let train = &self.spec.train;
+        let (first, step) = (self.state.cursor, self.state.step + 1);
+        let last = first + train.batch_size;
+        let order = Order { shard: &self.data.shard, packing: &self.data.train, seed: train.seed };
+        let supervised = order.supervised(first..last);
+        let mut loss = Tensor::zeros([], (Kind::Float, self.device));
+        let mut micro = first;
+        while micro < last {
+            if control.is_stopping() {
+                self.optimizer.zero_gradients()?;
+                return Err(Halt::Stopped);
+            }
+            let end = (micro + self.micro_batch_size()).min(last);
+            let mut batch = order.batch(micro..end, self.device);
+            let dropout = self.dropout(step, &batch.sequences);
+            let part = self.loss_sum(&mut batch, dropout.as_ref())? / supervised as f64;
+            part.backward();
+            loss += part.detach();
+            self.rate.0 += batch.tokens;
+            micro = end;
+        }
+        let learning_rate = schedule::learning_rate(&train.schedule, step, self.steps());
+        let grad_norm = self.optimizer.step(learning_rate, train.clip)?;
+        self.state.step = step;
+        self.state.cursor = last;
+        self.state.tokens += supervised;
+        self.pending.push_back(Pending { step, loss, grad_norm, learning_rate, supervised });
+        Ok(())
+    }
+
+    fn dropout(&self, step: u64, sequences: &[u64]) -> Option<Dropout> {
+        let probability = self.spec.model.dropout;
+        let seed = random::key(self.spec.train.seed, Stream::Dropout, b"");
+        (probability > 0.0).then(|| Dropout { probability, seed, step, sequences: sequences.to_vec() })
+    }
+
+    /// Reads the numbers of every finished step but the newest `newer`, reports them and looks for
+    /// divergence. A validation loss belongs to the newest step.
+    pub fn observe(&mut self, newer: usize, validation_loss: Option<f32>, report: &mut Reporter) -> Result<(), Halt> {
+        while self.pending.len() > newer {
+            let Some(finished) = self.pending.pop_front() else { break };
+            let (loss, norm) = (finished.loss.double_value(&[]), finished.grad_norm.double_value(&[]));
+            let (step, finite) = (finished.step, loss.is_finite() && norm.is_finite());
+            self.state.loss = finite.then_some(loss as f32);
+            if finite {
+                let (tokens, since) = std::mem::replace(&mut self.rate, (0, Instant::now()));
+                let validation_loss = validation_loss.filter(|_| self.pending.is_empty()).map(f64::from);
+                let tokens_per_second = tokens as f64 / since.elapsed().as_secs_f64().max(1e-9);
+                let (learning_rate, tokens) = (finished.learning_rate, finished.supervised);
+                let row = MetricRow { step, loss, learning_rate, grad_norm: norm, tokens, tokens_per_second, validation_loss };
+                report.send(Report::Metric { row });
+            } else {
+                let message = format!("step {step} changed nothing: its gradient norm is not finite");
+                let data = serde_json::json!({ "step": step, "loss": loss.to_string(), "grad_norm": norm.to_string() });
+                report.event(Level::Warn, "step.skipped", &message, data);
+            }
+            let rule = &self.spec.train.divergence;
+            self.state.divergence.observe(rule, step, loss as f32, norm as f32).map_err(|failure| {
+                let data = serde_json::json!({ "step": step, "loss": loss.to_string(), "grad_norm": norm.to_string() });
+                report.event(Level::Error, "diverged", &failure.message, data);
+                failure
+            })?;
+        }
+        if self.progress.elapsed() >= PROGRESS_INTERVAL || self.state.step == 1 {
+            self.progress = Instant::now();
+            report.send(Report::Progress { step: self.state.step });
+        }
+        Ok(())
+    }
+
+    pub fn evaluation_is_due(&self) -> bool {
+        self.is_due(self.spec.train.evaluate_every) && self.data.validation().is_some()
+    }
+
+    pub fn samples_are_due(&self) -> bool {
+        self.is_due(self.spec.train.sample_every) && !self.spec.train.sample_prompts.is_empty()
+    }
+
+    fn is_due(&self, every: Option<u64>) -> bool {
+        every.is_some_and(|every| self.state.step.is_multiple_of(every.max(1)) || self.is_done())
+    }
+
+    pub fn checkpoint_is_due(&self) -> bool {
+        match self.spec.train.checkpoint_every {
+            Some(every) => self.state.step.is_multiple_of(every.max(1)),
+            None => self.saved.1.elapsed() >= CHECKPOINT_INTERVAL,
+        }
+    }
+
+    /// Saves and reports the last finished step, unless that was done already.
+    pub fn save(&mut self, best: bool, report: &mut Reporter) -> Result<(), Halt> {
+        if self.state.step == self.saved.0 {
+            return Ok(());
+        }
+        self.observe(0, None, report)?;
+        let folder = self.write(&self.state.step.to_string())?;
+        self.saved = (self.state.step, Instant::now());
+        let (loss, validation_loss) = (self.state.loss.map(f64::from), self.state.validation_loss.map(f64::from));
+        report.send(Report::Checkpoint { step: self.state.step, folder, loss, validation_loss, best });
+        Ok(())
+    }
+
+    /// Saves once before the first step and reads it back, so that a disk that cannot hold a
+    /// checkpoint is met before the work and not after it.
+    pub fn rehearse_saving(&mut self, report: &mut Reporter) -> Result<(), Halt> {
+        let begun = Instant::now();
+        let folder = self.write("rehearsal")?;
+        checkpoint::verify(&folder)?;
+        checkpoint::load(&folder, &self.parameters, &self.optimizer)?;
+        std::fs::remove_dir_all(&folder).map_err(failure::io)?;
+        let data = serde_json::json!({ "duration_ms": begun.elapsed().as_millis() as u64 });
+        report.event(Level::Info, "checkpoint.verified", "a checkpoint was saved and read back", data);
+        Ok(())
+    }
+
+    fn write(&self, name: &str) -> Result<PathBuf, Halt> {
+        let folder = self.staging.join(name);
+        let trained = Trained {
+            spec: &self.spec,
+            state: &self.state,
+            numerics: &self.numerics,
+            parameters: &self.parameters,
+            optimizer: &self.optimizer,
+        };
+        checkpoint::save(&folder, &trained, self.disk_low_bytes)?;
+        Ok(folder)
+    }
+
+    /// Writes the model's folder.
+    pub fn publish(&self) -> Result<TaskResult, Halt> {
+        let folder = self.staging.join("model");
+        let weights_sha256 =
+            checkpoint::save_model(&folder, &self.spec, &self.parameters, &self.tokenizer_folder, self.disk_low_bytes)?;
+        let template = match self.spec.method {
+            Method::Instruction { template } => Some(template.name().to_owned()),
+            Method::Pretrain { .. } => None,
+        };
+        let (parameters, trained_tokens) = (self.parameters.count(), self.state.tokens);
+        Ok(TaskResult::Model { folder, parameters, weights_sha256, trained_tokens, template })
+    }
+}
