@@ -99,7 +99,7 @@ async fn resume(context: &Context, claimed: &Claimed) -> Result<Resume, PrepareE
     Ok(resume)
 }
 
-/// Whether a checkpoint's folder is whole.
+/// Whether a checkpoint's folder is whole: every tensor of its manifest is there with its hash.
 fn verify(folder: &Path) -> Result<(), String> {
-    std::fs::metadata(folder.join("manifest.json")).map(drop).map_err(|error| error.to_string())
+    lathe_model::checkpoint::verify(folder).map(drop).map_err(|failure| failure.message)
 }

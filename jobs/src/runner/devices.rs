@@ -22,6 +22,18 @@ impl Device {
     }
 }
 
+/// The CUDA devices of this machine, or all its cores as one. Loads libtorch's CUDA half, so it blocks.
+pub fn find() -> Vec<Device> {
+    let found = lathe_model::device::find();
+    let why = found.reasons.join("; ");
+    if found.cuda_devices == 0 {
+        return vec![cpu(&why)];
+    }
+    let threads = (found.cpu_cores / found.cuda_devices).max(1);
+    let device = |index| Device { choice: DeviceChoice::Cuda { index }, name: format!("CUDA device {index}"), threads, why: why.clone() };
+    (0..found.cuda_devices).map(device).collect()
+}
+
 /// All cores as one device.
 pub fn cpu(why: &str) -> Device {
     let threads = cores();

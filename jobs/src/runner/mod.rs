@@ -164,7 +164,10 @@ pub async fn run(config: RunnerConfig, shutdown: impl Future<Output = ()>) -> Re
         .connect(&config.database_url)
         .await?;
     prove_shared(&db, &artifacts).await?;
-    let offered = if config.offer_devices { vec![devices::cpu("no CUDA device is used by this build")] } else { Vec::new() };
+    let offered = match config.offer_devices {
+        true => tokio::task::spawn_blocking(devices::find).await.unwrap_or_else(|_| vec![devices::cpu("looking for CUDA devices failed")]),
+        false => Vec::new(),
+    };
     let (stop, stopping) = watch::channel(false);
     let (leave, gone) = watch::channel(false);
     let context = Arc::new(Context {
