@@ -99,11 +99,11 @@ pub struct ServeArgs {
 #[derive(Clone, Debug, Args)]
 pub struct DatabaseArgs {
     /// Where the embedded database, the artifacts and the key are kept.
-    #[arg(long, env = "LATHE_DATA_DIR", default_value = "data", value_name = "FOLDER")]
+    #[arg(long, global = true, env = "LATHE_DATA_DIR", default_value = "data", value_name = "FOLDER")]
     pub data_dir: PathBuf,
     /// A PostgreSQL (15 or newer) of one's own, `postgres://user:password@host/database`; without it, `serve`
     /// runs one in the data directory.
-    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    #[arg(long, global = true, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
     pub database_url: Option<String>,
 }
 

@@ -229,9 +229,9 @@ pub struct Stack {
 impl Stack {
     /// Starts everything; [`Stack::ready`] waits for it to answer.
     pub async fn start(args: &ServeArgs, log: &LogOptions) -> Result<Stack, ServeError> {
+        let data = Arc::new(DataDir::open(&args.database.data_dir)?);
         // Whatever is made from here on is this user's alone, the children's files included.
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
-        let data = Arc::new(DataDir::open(&args.database.data_dir)?);
         let listener = listen(args.api.listen)?;
         let address = listener.local_addr()?;
         let key = data.bootstrap_key(args.api.api_key.as_deref().filter(|key| !key.is_empty()))?;
@@ -271,7 +271,7 @@ impl Stack {
                 tracing::warn!(waiting, "not ready yet");
                 said = Instant::now();
             }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 

@@ -1,5 +1,9 @@
+//! End-to-end tests: a real server, real processes, a real database.
 
 mod api;
 mod auth;
 mod contract;
 mod files;
+mod openai_sdk;
+mod processes;
+mod training;
