@@ -4,6 +4,4 @@ mod api;
 mod auth;
 mod contract;
 mod files;
-mod openai_sdk;
 mod processes;
-mod training;
