@@ -7,9 +7,10 @@ use std::{env, path::PathBuf};
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     println!("cargo:rerun-if-changed=cpp");
-    let libtorch = PathBuf::from(env::var("LIBTORCH").unwrap_or_else(|_| {
-        panic!("LIBTORCH is not set: build with `make build`, or run `eval \"$(make -s env)\"` first")
-    }));
+    let libtorch = PathBuf::from(
+        env::var("LIBTORCH")
+            .unwrap_or_else(|_| panic!("LIBTORCH is not set: build with `make build`, or run `eval \"$(make -s env)\"` first")),
+    );
     let include = libtorch.join("include");
     let lib = libtorch.join("lib");
 

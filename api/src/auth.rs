@@ -152,13 +152,24 @@ pub fn new_secret() -> String {
 }
 
 /// Makes a key for a project that exists.
-pub async fn create_key(conn: &mut PgConnection, project_id: &str, name: Option<&str>, scope: Scope) -> Result<NewKey, sqlx::Error> {
+pub async fn create_key(
+    conn: &mut PgConnection,
+    project_id: &str,
+    name: Option<&str>,
+    scope: Scope,
+) -> Result<NewKey, sqlx::Error> {
     let secret = new_secret();
     let id = insert_key(conn, project_id, name, scope, &secret).await?;
     Ok(NewKey { id, secret })
 }
 
-async fn insert_key(conn: &mut PgConnection, project_id: &str, name: Option<&str>, scope: Scope, secret: &str) -> Result<String, sqlx::Error> {
+async fn insert_key(
+    conn: &mut PgConnection,
+    project_id: &str,
+    name: Option<&str>,
+    scope: Scope,
+    secret: &str,
+) -> Result<String, sqlx::Error> {
     let id = ids::new("key");
     let hint: String = secret.chars().rev().take(4).collect::<Vec<_>>().into_iter().rev().collect();
     sqlx::query!(
@@ -178,7 +189,9 @@ async fn insert_key(conn: &mut PgConnection, project_id: &str, name: Option<&str
 /// Makes sure that `secret` is an admin key of the project `default`, which is made if it is not
 /// there. A key that was revoked stays revoked.
 pub async fn bootstrap(conn: &mut PgConnection, secret: &str) -> Result<(), sqlx::Error> {
-    sqlx::query!("INSERT INTO projects (id, name) VALUES ($1, 'default') ON CONFLICT DO NOTHING", DEFAULT_PROJECT).execute(&mut *conn).await?;
+    sqlx::query!("INSERT INTO projects (id, name) VALUES ($1, 'default') ON CONFLICT DO NOTHING", DEFAULT_PROJECT)
+        .execute(&mut *conn)
+        .await?;
     let known = sqlx::query_scalar!("SELECT id FROM api_keys WHERE hash = $1", hash(secret)).fetch_optional(&mut *conn).await?;
     if known.is_none() {
         match insert_key(conn, DEFAULT_PROJECT, Some("bootstrap"), Scope::Admin, secret).await {

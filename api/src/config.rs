@@ -324,14 +324,26 @@ mod tests {
     #[test]
     fn every_option_is_passed_on() {
         let cli = Cli::try_parse_from([
-            "lathe", "serve", "--api-key", "k", "--metrics-token", "t", "--cors-origin", "http://a", "--cors-origin", "http://b", "--deterministic-decode",
+            "lathe",
+            "serve",
+            "--api-key",
+            "k",
+            "--metrics-token",
+            "t",
+            "--cors-origin",
+            "http://a",
+            "--cors-origin",
+            "http://b",
+            "--deterministic-decode",
         ]);
         let Command::Serve(args) = cli.expect("the flags are known").command else { panic!("another command") };
         for (group, passed) in [
             (ApiOptions::augment_args(clap::Command::new("api")), args.api.environment()),
             (RunnerOptions::augment_args(clap::Command::new("runner")), args.runner.environment()),
         ] {
-            for twin in group.get_arguments().filter_map(|argument| argument.get_env()?.to_str()).filter(|twin| *twin != LISTEN_FD) {
+            for twin in
+                group.get_arguments().filter_map(|argument| argument.get_env()?.to_str()).filter(|twin| *twin != LISTEN_FD)
+            {
                 assert!(passed.iter().any(|(name, _)| *name == twin), "{twin} is not passed on");
             }
         }

@@ -45,7 +45,8 @@ impl Lock {
     pub fn take(folder: &Path) -> Result<Lock, DataDirError> {
         let path = folder.join("lock");
         let failed = |source| DataDirError::Io { path: folder.to_owned(), source };
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(failed)?;
+        let file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(failed)?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(mut held) => {
                 held.set_len(0).and_then(|()| writeln!(held, "{}", std::process::id())).map_err(failed)?;

@@ -15,7 +15,9 @@ use axum::{
     response::{IntoResponse, Response},
     routing::post,
 };
-use lathe_model::engine::{Engine, EngineConfig, EngineHandle, Event, Finish, Generation, Refusal, Sampled, StartError, SubmitError, Ticket};
+use lathe_model::engine::{
+    Engine, EngineConfig, EngineHandle, Event, Finish, Generation, Refusal, Sampled, StartError, SubmitError, Ticket,
+};
 use subtle::ConstantTimeEq;
 use tokio::sync::mpsc;
 
@@ -50,7 +52,8 @@ pub async fn run(args: EngineArgs, shutdown: impl Future<Output = ()> + Send + '
     let secret: Arc<str> = std::env::var(SECRET_VARIABLE).map_err(|_| EngineServerError::NoSecret)?.into();
     let config = EngineConfig { deterministic_decode: args.deterministic_decode, ..EngineConfig::default() };
     let memory_bytes = config.cache_bytes;
-    let handle = tokio::task::spawn_blocking(move || Engine::start(&args.model, config)).await.map_err(std::io::Error::other)??;
+    let handle =
+        tokio::task::spawn_blocking(move || Engine::start(&args.model, config)).await.map_err(std::io::Error::other)??;
     let listener = tokio::net::TcpListener::bind(args.listen).await?;
     let address = listener.local_addr()?;
     let router = Router::new()
@@ -80,7 +83,8 @@ fn report(value: &serde_json::Value) -> std::io::Result<()> {
 }
 
 fn authorised(headers: &HeaderMap, secret: &str) -> bool {
-    let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(|value| value.strip_prefix("Bearer "));
+    let given =
+        headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(|value| value.strip_prefix("Bearer "));
     given.is_some_and(|given| given.as_bytes().ct_eq(secret.as_bytes()).into())
 }
 

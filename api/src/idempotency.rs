@@ -93,11 +93,15 @@ fn is_multipart(headers: &HeaderMap) -> bool {
 fn identity(headers: &HeaderMap, caller: Project, body_sha256: String, streamed: bool) -> Result<Option<Identity>, ApiError> {
     if let Some(key) = headers.get("idempotency-key") {
         let key = key.to_str().ok().filter(|key| (1..=255).contains(&key.len()));
-        let key = key.ok_or_else(|| ApiError::bad_request("Idempotency-Key", "`Idempotency-Key` must have 1 to 255 visible ASCII characters."))?;
-        let identity = Identity { project_id: caller.project_id, key: format!("key/{key}"), body_sha256, kept: 86_400.0, replays: true };
+        let key = key.ok_or_else(|| {
+            ApiError::bad_request("Idempotency-Key", "`Idempotency-Key` must have 1 to 255 visible ASCII characters.")
+        })?;
+        let identity =
+            Identity { project_id: caller.project_id, key: format!("key/{key}"), body_sha256, kept: 86_400.0, replays: true };
         return Ok(Some(identity));
     }
-    let retries = headers.get("x-stainless-retry-count").and_then(|count| count.to_str().ok()).and_then(|count| count.parse::<u32>().ok());
+    let retries =
+        headers.get("x-stainless-retry-count").and_then(|count| count.to_str().ok()).and_then(|count| count.parse::<u32>().ok());
     // A file's repetition is found by its content, in its handler.
     Ok(retries.filter(|_| !streamed).map(|retries| Identity {
         key: format!("retry/{}/{body_sha256}", caller.key_id),
@@ -177,7 +181,9 @@ async fn keep(db: &PgPool, identity: &Identity, answer: Response) -> Result<Resp
             .await
         }
         None => {
-            sqlx::query!("DELETE FROM idempotent_requests WHERE project_id = $1 AND key = $2", identity.project_id, identity.key).execute(db).await
+            sqlx::query!("DELETE FROM idempotent_requests WHERE project_id = $1 AND key = $2", identity.project_id, identity.key)
+                .execute(db)
+                .await
         }
     };
     if let Err(error) = stored {

@@ -29,7 +29,9 @@ async fn create(conn: &mut PgConnection, project: &str, name: Option<&str>, admi
         "default" => auth::DEFAULT_PROJECT.to_owned(),
         _ => lathe_jobs::ids::new("proj"),
     };
-    sqlx::query!("INSERT INTO projects (id, name) VALUES ($1, $2) ON CONFLICT DO NOTHING", made, project).execute(&mut *conn).await?;
+    sqlx::query!("INSERT INTO projects (id, name) VALUES ($1, $2) ON CONFLICT DO NOTHING", made, project)
+        .execute(&mut *conn)
+        .await?;
     let project_id = sqlx::query_scalar!("SELECT id FROM projects WHERE name = $1", project).fetch_one(&mut *conn).await?;
     let key = auth::create_key(conn, &project_id, name, if admin { Scope::Admin } else { Scope::Project }).await?;
     Ok(format!("{}\n", key.secret))
@@ -48,13 +50,22 @@ async fn list(conn: &mut PgConnection, project: Option<&str>) -> Result<String, 
     let mut text = format!("{:32}{:20}{:9}{:9}{:10}NAME\n", "ID", "PROJECT", "SCOPE", "ENDS IN", "STATE");
     for row in rows {
         let state = if row.revoked { "revoked" } else { "active" };
-        text += &format!("{:32}{:20}{:9}{:9}{:10}{}\n", row.id, row.project, row.scope, row.hint, state, row.name.unwrap_or_default());
+        text += &format!(
+            "{:32}{:20}{:9}{:9}{:10}{}\n",
+            row.id,
+            row.project,
+            row.scope,
+            row.hint,
+            state,
+            row.name.unwrap_or_default()
+        );
     }
     Ok(text)
 }
 
 async fn revoke(conn: &mut PgConnection, id: &str) -> Result<String, KeyError> {
-    let revoked = sqlx::query!("UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1", id).execute(conn).await?;
+    let revoked =
+        sqlx::query!("UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1", id).execute(conn).await?;
     match revoked.rows_affected() {
         0 => Err(KeyError::Unknown(id.to_owned())),
         _ => Ok(format!("revoked {id}\n")),

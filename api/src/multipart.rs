@@ -41,7 +41,11 @@ pub struct Received {
 
 /// Reads the form. 400 for a bad one, 413 over the limit, 507 without room.
 pub async fn receive(state: &AppState, request: Request, expected: Expected<'_>) -> Result<Received, ApiError> {
-    let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()).and_then(|length| length.parse::<u64>().ok());
+    let announced = request
+        .headers()
+        .get(header::CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok())
+        .and_then(|length| length.parse::<u64>().ok());
     if announced.is_some_and(|bytes| bytes > expected.limit.saturating_add((FIELDS_LIMIT * TEXT_LIMIT) as u64)) {
         return Err(ApiError::too_large("The file", expected.limit));
     }
@@ -76,7 +80,10 @@ pub async fn receive(state: &AppState, request: Request, expected: Expected<'_>)
     match file {
         Some((upload, _)) if upload.bytes() == 0 => Err(ApiError::bad_request(expected.file_field, "The file is empty.")),
         Some((upload, filename)) => Ok(Received { upload, filename, texts }),
-        None => Err(ApiError::bad_request(expected.file_field, format!("The form must hold a file under the name `{}`.", expected.file_field))),
+        None => Err(ApiError::bad_request(
+            expected.file_field,
+            format!("The form must hold a file under the name `{}`.", expected.file_field),
+        )),
     }
 }
 

@@ -28,7 +28,8 @@ pub fn finish(document: OpenApi) -> Value {
     });
     document["servers"] = json!([{"url": "/"}]);
     document["tags"] = json!(tags());
-    document["components"]["securitySchemes"] = json!({"key": {"type": "http", "scheme": "bearer", "description": "An API key of a project."}});
+    document["components"]["securitySchemes"] =
+        json!({"key": {"type": "http", "scheme": "bearer", "description": "An API key of a project."}});
     let mut schemas = vec![(ErrorBody::name().into_owned(), ErrorBody::schema())];
     ErrorBody::schemas(&mut schemas);
     for (name, schema) in schemas {
@@ -65,7 +66,8 @@ fn tags() -> Vec<Value> {
 fn complete(operation: &mut Map<String, Value>) {
     let public = operation.get("tags").and_then(Value::as_array).is_some_and(|tags| tags.iter().any(|tag| tag == PUBLIC_TAG));
     let has_body = operation.contains_key("requestBody");
-    let has_id = operation.get("parameters").and_then(Value::as_array).is_some_and(|all| all.iter().any(|one| one["in"] == "path"));
+    let has_id =
+        operation.get("parameters").and_then(Value::as_array).is_some_and(|all| all.iter().any(|one| one["in"] == "path"));
     operation.insert("security".to_owned(), if public { json!([]) } else { json!([{"key": []}]) });
     let Some(responses) = operation.get_mut("responses").and_then(Value::as_object_mut) else { return };
     let mut refusals = vec![("500", "Something failed inside; the log has it under the answer's x-request-id.")];
@@ -95,6 +97,9 @@ mod tests {
     fn the_committed_document_is_fresh() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../openapi/openapi.json");
         let committed = std::fs::read_to_string(path).unwrap_or_default();
-        assert!(committed == super::text(), "openapi/openapi.json is stale; write it anew with `lathe openapi > openapi/openapi.json`");
+        assert!(
+            committed == super::text(),
+            "openapi/openapi.json is stale; write it anew with `lathe openapi > openapi/openapi.json`"
+        );
     }
 }

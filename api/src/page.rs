@@ -39,7 +39,12 @@ pub struct Page {
 impl Page {
     /// The first page. `limit` has been held against the bounds of the route's query type.
     pub fn first(limit: i64, order: Option<Order>) -> Page {
-        Page { after: None, after_id: None, ascending: order.unwrap_or_default() == Order::Asc, limit: usize::try_from(limit).unwrap_or(1) }
+        Page {
+            after: None,
+            after_id: None,
+            ascending: order.unwrap_or_default() == Order::Asc,
+            limit: usize::try_from(limit).unwrap_or(1),
+        }
     }
 
     /// The page after the item `id`, which was created at `created_at`; `None` there says that the

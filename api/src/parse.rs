@@ -123,7 +123,9 @@ fn has_type(schema: &Value, name: &str) -> bool {
 fn typed(schema: &Value, text: String) -> Value {
     let schema = if has_type(schema, "array") { &schema["items"] } else { schema };
     let parsed = match &schema["type"] {
-        _ if has_type(schema, "integer") || has_type(schema, "number") => serde_json::from_str(&text).ok().filter(Value::is_number),
+        _ if has_type(schema, "integer") || has_type(schema, "number") => {
+            serde_json::from_str(&text).ok().filter(Value::is_number)
+        }
         _ if has_type(schema, "boolean") => serde_json::from_str(&text).ok().filter(Value::is_boolean),
         _ => None,
     };
@@ -284,7 +286,10 @@ mod tests {
 
     #[test]
     fn strict_json() {
-        assert_eq!(json(br#"{"a": [1, -2, 0.5, "x", null, true]}"#).unwrap(), serde_json::json!({"a": [1, -2, 0.5, "x", null, true]}));
+        assert_eq!(
+            json(br#"{"a": [1, -2, 0.5, "x", null, true]}"#).unwrap(),
+            serde_json::json!({"a": [1, -2, 0.5, "x", null, true]})
+        );
         assert_eq!(refusal(r#"{"a": {"b": [{"c": 1, "c": 2}]}}"#).1, "The field `c` is given twice.");
         assert_eq!(refusal(r#"{"a": {"b": ["x", "\u0000"]}}"#).0.as_deref(), Some("a.b[1]"));
         assert!(refusal(&("[".repeat(65) + &"]".repeat(65))).1.contains("deep"));

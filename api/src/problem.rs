@@ -127,7 +127,8 @@ impl ApiError {
     }
 
     pub fn rate_limited(message: impl Into<String>) -> ApiError {
-        let mut error = ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message).with_code("rate_limit_exceeded");
+        let mut error =
+            ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message).with_code("rate_limit_exceeded");
         error.retry_after = Some(1);
         error
     }
@@ -140,7 +141,8 @@ impl ApiError {
     }
 
     pub fn insufficient_storage() -> ApiError {
-        let message = "The disk is full. Delete files, datasets or models that are no longer needed, or give the data directory more room.";
+        let message =
+            "The disk is full. Delete files, datasets or models that are no longer needed, or give the data directory more room.";
         ApiError::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", message).with_code("disk_full")
     }
 
@@ -187,7 +189,15 @@ fn database_lost() -> ApiError {
 }
 
 fn is_connection_loss(error: &sqlx::Error) -> bool {
-    matches!(error, sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed | sqlx::Error::Protocol(_) | sqlx::Error::Tls(_))
+    matches!(
+        error,
+        sqlx::Error::Io(_)
+            | sqlx::Error::PoolTimedOut
+            | sqlx::Error::PoolClosed
+            | sqlx::Error::WorkerCrashed
+            | sqlx::Error::Protocol(_)
+            | sqlx::Error::Tls(_)
+    )
 }
 
 /// Classes are SQLSTATE's: 08 connection, 53 resources, 57P shutdown, 22021 a NUL byte in text.
@@ -201,7 +211,9 @@ fn from_database(cause: &dyn sqlx::error::DatabaseError) -> ApiError {
             database_lost()
         }
         ("22021" | "22P05", _) => ApiError::bad_request("", "Text may not hold the character U+0000."),
-        ("40001" | "40P01" | "55P03", _) => ApiError::unavailable("database_busy", 1, "Another request changed the same thing at the same time; try again."),
+        ("40001" | "40P01" | "55P03", _) => {
+            ApiError::unavailable("database_busy", 1, "Another request changed the same thing at the same time; try again.")
+        }
         (_, Some("projects_name_unique")) => ApiError::conflict("There is a project of this name already.").with_param("name"),
         (_, Some("api_keys_hash_unique")) => ApiError::conflict("This key exists already."),
         ("23505", Some(constraint)) => {

@@ -119,7 +119,9 @@ pub fn in_use(what: &str, id: &str, users: &[String]) -> ApiError {
 
 /// 409 for something that is named before it could serve: it failed.
 pub fn has_failed(what: &str, id: &str, param: &str) -> ApiError {
-    ApiError::conflict(format!("The {what} `{id}` has failed, so nothing can be made of it. Its `error` says why.")).with_code("dependency_failed").with_param(param)
+    ApiError::conflict(format!("The {what} `{id}` has failed, so nothing can be made of it. Its `error` says why."))
+        .with_code("dependency_failed")
+        .with_param(param)
 }
 
 /// 404 for an id in a field of the body.
@@ -140,7 +142,8 @@ pub fn not_enqueued(error: QueueError) -> ApiError {
     match error {
         QueueError::NeedNotFound(id) => ApiError::not_found("job", &id),
         QueueError::NeedFailed(id) => {
-            ApiError::conflict(format!("The job `{id}` has failed or was cancelled, so nothing can wait for it.")).with_code("dependency_failed")
+            ApiError::conflict(format!("The job `{id}` has failed or was cancelled, so nothing can wait for it."))
+                .with_code("dependency_failed")
         }
         QueueError::Spec(error) => ApiError::internal(error),
         QueueError::Database(error) => error.into(),

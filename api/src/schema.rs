@@ -57,10 +57,7 @@ impl Schema {
         let mut referred = Vec::new();
         T::schemas(&mut referred);
         let json = |schema| serde_json::to_value(schema).unwrap_or(Value::Bool(true));
-        Schema {
-            root: json(&T::schema()),
-            named: referred.iter().map(|(name, schema)| (name.clone(), json(schema))).collect(),
-        }
+        Schema { root: json(&T::schema()), named: referred.iter().map(|(name, schema)| (name.clone(), json(schema))).collect() }
     }
 
     pub fn check(&self, body: &Value) -> Result<(), Violation> {
@@ -113,7 +110,10 @@ impl Schema {
                 Some(field_schema) => self.check_at(field_schema, field, &path)?,
                 None if others == &Value::Bool(false) => {
                     let names = known.as_object().map(|known| known.keys().map(String::as_str).collect::<Vec<_>>().join(", "));
-                    return Err(Violation::new(&path, format!("There is no field `{path}` here; known are: {}.", names.unwrap_or_default())));
+                    return Err(Violation::new(
+                        &path,
+                        format!("There is no field `{path}` here; known are: {}.", names.unwrap_or_default()),
+                    ));
                 }
                 None if others.is_object() => self.check_at(others, field, &path)?,
                 None => {}
@@ -282,7 +282,8 @@ mod tests {
 
     #[test]
     fn a_valid_body_is_read() {
-        let drawing = read::<Drawing>(json!({"shapes": [{"type": "square", "sides": [1], "name": null}], "title": null})).unwrap();
+        let drawing =
+            read::<Drawing>(json!({"shapes": [{"type": "square", "sides": [1], "name": null}], "title": null})).unwrap();
         assert_eq!(drawing.shapes, [Shape::Square { sides: vec![1], name: None }]);
     }
 

@@ -76,7 +76,11 @@ async fn record(State(state): State<AppState>, request: Request, next: Next) -> 
     let mut response = next.run(request).instrument(span.clone()).await;
     state.requests.add(&method, &route, response.status());
     span.in_scope(|| {
-        tracing::info!(http.status = response.status().as_u16(), request.duration_ms = began.elapsed().as_secs_f64() * 1e3, "answered");
+        tracing::info!(
+            http.status = response.status().as_u16(),
+            request.duration_ms = began.elapsed().as_secs_f64() * 1e3,
+            "answered"
+        );
     });
     if let Ok(id) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, id);

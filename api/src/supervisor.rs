@@ -252,7 +252,16 @@ impl Stack {
         let parts = parts(args, log, &data, &database.url, &key.secret, &listener);
         let parts = parts.into_iter().map(|part| tokio::spawn(part.keep(spawner.clone(), stop.clone()))).collect();
         let key_file = data.key_file();
-        Ok(Stack { url: format!("http://{}", reachable(address)), key, key_file, database, parts, stop, _listener: listener, _data: data })
+        Ok(Stack {
+            url: format!("http://{}", reachable(address)),
+            key,
+            key_file,
+            database,
+            parts,
+            stop,
+            _listener: listener,
+            _data: data,
+        })
     }
 
     /// Waits until the api answers and a runner is there.
@@ -286,7 +295,11 @@ impl Stack {
 }
 
 fn parts(args: &ServeArgs, log: &LogOptions, data: &DataDir, database_url: &str, key: &str, listener: &TcpListener) -> Vec<Part> {
-    let artifacts = args.store.artifacts.as_ref().map_or_else(|| data.path().join("artifacts"), |folder| std::path::absolute(folder).unwrap_or_else(|_| folder.clone()));
+    let artifacts = args
+        .store
+        .artifacts
+        .as_ref()
+        .map_or_else(|| data.path().join("artifacts"), |folder| std::path::absolute(folder).unwrap_or_else(|_| folder.clone()));
     let mut common = log.environment();
     common.push(("DATABASE_URL", database_url.to_owned()));
     common.push(("LATHE_DATA_DIR", data.path().display().to_string()));
@@ -294,8 +307,14 @@ fn parts(args: &ServeArgs, log: &LogOptions, data: &DataDir, database_url: &str,
     let with = |more: Vec<(&'static str, String)>| common.iter().cloned().chain(more).collect();
     let mut api = args.api.clone();
     api.api_key = Some(key.to_owned());
-    let mut parts = vec![Part { name: "api", environment: with(api.environment()), socket: Some(listener.as_raw_fd()), grace: API_GRACE }];
-    parts.extend((0..args.runners).map(|_| Part { name: "runner", environment: with(args.runner.environment()), socket: None, grace: RUNNER_GRACE }));
+    let mut parts =
+        vec![Part { name: "api", environment: with(api.environment()), socket: Some(listener.as_raw_fd()), grace: API_GRACE }];
+    parts.extend((0..args.runners).map(|_| Part {
+        name: "runner",
+        environment: with(args.runner.environment()),
+        socket: None,
+        grace: RUNNER_GRACE,
+    }));
     parts
 }
 

@@ -141,7 +141,8 @@ impl Artifacts {
             return Err(ArtifactError::BadKey(key.to_owned()));
         }
         let staged = self.root.join("tmp").join(ids::new("upload"));
-        let file = tokio::fs::File::create_new(&staged).await.map_err(|source| ArtifactError::Io { key: key.to_owned(), source })?;
+        let file =
+            tokio::fs::File::create_new(&staged).await.map_err(|source| ArtifactError::Io { key: key.to_owned(), source })?;
         Ok(Upload { artifacts: self.clone(), key: key.to_owned(), file, staged: Some(staged), digest: Sha256::new(), bytes: 0 })
     }
 

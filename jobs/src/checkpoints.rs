@@ -31,7 +31,12 @@ pub fn key(job_id: &str, attempt: i32, step: i64) -> String {
 
 /// Publishes a staged checkpoint under the lease and adds its row; its id. Repeating it changes
 /// nothing.
-pub async fn register(conn: &mut PgConnection, artifacts: &Artifacts, lease: &Lease, staged: &Staged) -> Result<String, LeaseError> {
+pub async fn register(
+    conn: &mut PgConnection,
+    artifacts: &Artifacts,
+    lease: &Lease,
+    staged: &Staged,
+) -> Result<String, LeaseError> {
     let key = key(&lease.job_id, lease.attempt, staged.step);
     let synced = staged.folder.clone();
     // Written through to disk before the attempt is held, which is then only for a rename.

@@ -11,7 +11,14 @@ use sqlx::PgConnection;
 pub const CHANNEL: &str = "lathe_events";
 
 /// Adds an event and returns its number. The job must exist.
-pub async fn append(conn: &mut PgConnection, job_id: &str, level: Level, code: &str, message: &str, data: &Value) -> Result<i64, sqlx::Error> {
+pub async fn append(
+    conn: &mut PgConnection,
+    job_id: &str,
+    level: Level,
+    code: &str,
+    message: &str,
+    data: &Value,
+) -> Result<i64, sqlx::Error> {
     sqlx::query_scalar!(
         r#"WITH next AS (
                UPDATE jobs SET next_event = next_event + 1 WHERE id = $1 RETURNING next_event - 1 AS id

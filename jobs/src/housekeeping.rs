@@ -102,7 +102,10 @@ async fn remove(artifacts: &Artifacts, keys: Vec<String>) -> Result<(), SweepErr
 /// Scratch folders of jobs that no attempt works on.
 async fn orphan_staging(db: &PgPool, artifacts: &Artifacts) -> Result<(), SweepError> {
     for job in old_entries(artifacts, "staging").await? {
-        let busy = sqlx::query_scalar!(r#"SELECT count(*) AS "busy!" FROM job_attempts WHERE job_id = $1 AND ended_at IS NULL"#, job).fetch_one(db).await?;
+        let busy =
+            sqlx::query_scalar!(r#"SELECT count(*) AS "busy!" FROM job_attempts WHERE job_id = $1 AND ended_at IS NULL"#, job)
+                .fetch_one(db)
+                .await?;
         if busy == 0 {
             remove(artifacts, vec![format!("staging/{job}")]).await?;
         }
@@ -155,7 +158,8 @@ fn names(folder: &Path, age: Duration) -> io::Result<Vec<String>> {
     for entry in listed {
         let entry = entry?;
         let Ok(metadata) = entry.metadata() else { continue };
-        let old = metadata.modified().ok().and_then(|modified| SystemTime::now().duration_since(modified).ok()).unwrap_or_default();
+        let old =
+            metadata.modified().ok().and_then(|modified| SystemTime::now().duration_since(modified).ok()).unwrap_or_default();
         if old >= age
             && let Ok(name) = entry.file_name().into_string()
         {

@@ -198,7 +198,9 @@ fn settle_state(from: JobState, ending: &Ending, failures: i32, max_attempts: i3
             param: None,
             retryable: true,
         },
-        Ending::Stopped | Ending::Interrupted | Ending::Lost => return Settlement { state: again, outcome, counts: false, failure: None },
+        Ending::Stopped | Ending::Interrupted | Ending::Lost => {
+            return Settlement { state: again, outcome, counts: false, failure: None };
+        }
     };
     if !failure.retryable {
         return Settlement { state: JobState::Failed, outcome, counts: true, failure: Some(failure) };
@@ -223,11 +225,17 @@ fn back_off(failures: i32) -> f64 {
 /// Ends the attempt and moves its job on: publishes what a success made, retries or fails, and lets
 /// dependants follow. All of it takes effect or none; repeated after a lost answer it is
 /// [`LeaseError::Lost`], which then means that it is done.
-pub async fn finish(conn: &mut PgConnection, artifacts: &Artifacts, lease: &Lease, ending: Ending) -> Result<JobState, LeaseError> {
+pub async fn finish(
+    conn: &mut PgConnection,
+    artifacts: &Artifacts,
+    lease: &Lease,
+    ending: Ending,
+) -> Result<JobState, LeaseError> {
     let mut tx = conn.begin().await?;
-    let live = sqlx::query_scalar!("SELECT n FROM job_attempts WHERE lease_token = $1 AND ended_at IS NULL FOR UPDATE", lease.token)
-        .fetch_optional(&mut *tx)
-        .await?;
+    let live =
+        sqlx::query_scalar!("SELECT n FROM job_attempts WHERE lease_token = $1 AND ended_at IS NULL FOR UPDATE", lease.token)
+            .fetch_optional(&mut *tx)
+            .await?;
     if live.is_none() {
         return Err(LeaseError::Lost);
     }
@@ -335,8 +343,12 @@ fn describe(settled: &Settlement, wait: f64) -> (Level, &'static str, String) {
         (JobState::Failed, _) => (Level::Error, "job.failed", reason.into()),
         (JobState::Cancelled, _) => (Level::Info, "job.cancelled", "The job was cancelled.".into()),
         (JobState::Paused, _) => (Level::Info, "job.paused", format!("The job is paused. {reason}").trim_end().into()),
-        (_, Outcome::Failed) => (Level::Warn, "job.retrying", format!("The attempt failed and is repeated in {wait} seconds: {reason}")),
-        (_, Outcome::Lost) => (Level::Warn, "job.lost", "The runner was lost; the job goes on from its newest checkpoint.".into()),
+        (_, Outcome::Failed) => {
+            (Level::Warn, "job.retrying", format!("The attempt failed and is repeated in {wait} seconds: {reason}"))
+        }
+        (_, Outcome::Lost) => {
+            (Level::Warn, "job.lost", "The runner was lost; the job goes on from its newest checkpoint.".into())
+        }
         _ => (Level::Info, "job.interrupted", "The runner is stopping; the job goes on from its newest checkpoint.".into()),
     }
 }

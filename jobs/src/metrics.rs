@@ -116,9 +116,10 @@ async fn upsert(tx: &mut PgConnection, job_id: &str, rows: &BTreeMap<u64, Metric
 /// Notes what the attempt's bits depend on.
 pub async fn started(conn: &mut PgConnection, lease: &Lease, numerics: &Numerics) -> Result<(), LeaseError> {
     let numerics = serde_json::to_value(numerics).unwrap_or_default();
-    let noted = sqlx::query!("UPDATE job_attempts SET numerics = $2 WHERE lease_token = $1 AND ended_at IS NULL", lease.token, numerics)
-        .execute(conn)
-        .await?;
+    let noted =
+        sqlx::query!("UPDATE job_attempts SET numerics = $2 WHERE lease_token = $1 AND ended_at IS NULL", lease.token, numerics)
+            .execute(conn)
+            .await?;
     if noted.rows_affected() == 1 { Ok(()) } else { Err(LeaseError::Lost) }
 }
 
@@ -136,9 +137,13 @@ pub async fn resolved(conn: &mut PgConnection, lease: &Lease, found: &JobSpec) -
         let config = serde_json::to_value(&found.model).unwrap_or_default();
         sqlx::query!("UPDATE models SET config = $2 WHERE job_id = $1", lease.job_id, config).execute(&mut *tx).await?;
     }
-    sqlx::query!("UPDATE jobs SET steps = $2 WHERE id = $1 AND steps IS DISTINCT FROM $2", lease.job_id, found.train.steps.map(signed))
-        .execute(&mut *tx)
-        .await?;
+    sqlx::query!(
+        "UPDATE jobs SET steps = $2 WHERE id = $1 AND steps IS DISTINCT FROM $2",
+        lease.job_id,
+        found.train.steps.map(signed)
+    )
+    .execute(&mut *tx)
+    .await?;
     events::wake(&mut tx, &lease.job_id).await?;
     tx.commit().await?;
     Ok(())
@@ -149,7 +154,11 @@ fn is_open(spec: &JobSpec) -> bool {
     let (Schedule::Cosine { warmup_steps, .. } | Schedule::Linear { warmup_steps, .. } | Schedule::Constant { warmup_steps, .. }) =
         &spec.train.schedule;
     let train = &spec.train;
-    train.steps.is_none() || train.micro_batch_size.is_none() || train.precision.is_none() || warmup_steps.is_none() || spec.model.vocabulary == 0
+    train.steps.is_none()
+        || train.micro_batch_size.is_none()
+        || train.precision.is_none()
+        || warmup_steps.is_none()
+        || spec.model.vocabulary == 0
 }
 
 fn phase_name(phase: Phase) -> &'static str {

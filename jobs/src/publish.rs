@@ -37,12 +37,16 @@ impl Product {
 pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Lease, product: &Product) -> Result<(), LeaseError> {
     let changed = match product {
         Product::Model { folder, parameters, weights_sha256, trained_tokens, template } => {
-            let Some(id) = sqlx::query_scalar!("SELECT id FROM models WHERE job_id = $1", lease.job_id).fetch_optional(&mut *tx).await? else {
+            let Some(id) =
+                sqlx::query_scalar!("SELECT id FROM models WHERE job_id = $1", lease.job_id).fetch_optional(&mut *tx).await?
+            else {
                 return Ok(unclaimed(lease));
             };
             let key = format!("models/{id}");
             let bytes = put(artifacts, folder, &key).await?;
-            sqlx::query!("UPDATE jobs SET trained_tokens = $2 WHERE id = $1", lease.job_id, trained_tokens).execute(&mut *tx).await?;
+            sqlx::query!("UPDATE jobs SET trained_tokens = $2 WHERE id = $1", lease.job_id, trained_tokens)
+                .execute(&mut *tx)
+                .await?;
             sqlx::query!(
                 "UPDATE models SET state = 'ready', artifact = $3, parameters = $4, weights_sha256 = $5, template = $6, bytes = $7
                  WHERE id = $1 AND job_id = $2 AND state IN ('queued', 'running')",
@@ -58,7 +62,9 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
             .await?
         }
         Product::Tokenizer { folder, sha256, vocabulary, added_roles } => {
-            let Some(id) = sqlx::query_scalar!("SELECT id FROM tokenizers WHERE job_id = $1", lease.job_id).fetch_optional(&mut *tx).await? else {
+            let Some(id) =
+                sqlx::query_scalar!("SELECT id FROM tokenizers WHERE job_id = $1", lease.job_id).fetch_optional(&mut *tx).await?
+            else {
                 return Ok(unclaimed(lease));
             };
             let key = format!("tokenizers/{id}");
@@ -77,7 +83,9 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
             .await?
         }
         Product::Dataset { folder, sha256, statistics } => {
-            let Some(id) = sqlx::query_scalar!("SELECT id FROM datasets WHERE job_id = $1", lease.job_id).fetch_optional(&mut *tx).await? else {
+            let Some(id) =
+                sqlx::query_scalar!("SELECT id FROM datasets WHERE job_id = $1", lease.job_id).fetch_optional(&mut *tx).await?
+            else {
                 return Ok(unclaimed(lease));
             };
             let key = format!("datasets/{id}");
@@ -95,7 +103,9 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
             .await?
         }
         Product::Statistics { statistics } => {
-            sqlx::query!("UPDATE dataset_token_statistics SET statistics = $2 WHERE job_id = $1", lease.job_id, statistics).execute(tx).await?
+            sqlx::query!("UPDATE dataset_token_statistics SET statistics = $2 WHERE job_id = $1", lease.job_id, statistics)
+                .execute(tx)
+                .await?
         }
     };
     if changed.rows_affected() == 0 {
@@ -120,7 +130,9 @@ async fn put(artifacts: &Artifacts, folder: &std::path::Path, key: &str) -> Resu
 }
 
 /// Runs file work on the threads that may block.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, ArtifactError> + Send + 'static) -> Result<T, ArtifactError> {
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ArtifactError> + Send + 'static,
+) -> Result<T, ArtifactError> {
     let stopped = |error| ArtifactError::Io { key: String::new(), source: std::io::Error::other(error) };
     tokio::task::spawn_blocking(work).await.map_err(stopped)?
 }

@@ -8,11 +8,7 @@ use lathe_model::protocol::Level;
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 
-use crate::{
-    events, settle,
-    spec::Spec,
-    state::JobState,
-};
+use crate::{events, settle, spec::Spec, state::JobState};
 
 /// Announces work or a control change to runners; the payload is the job's id.
 pub const CHANNEL: &str = "lathe_jobs";
@@ -96,9 +92,13 @@ pub async fn enqueue(conn: &mut PgConnection, job: NewJob) -> Result<JobState, Q
     )
     .execute(&mut *tx)
     .await?;
-    sqlx::query!("INSERT INTO job_dependencies (job_id, needs) SELECT DISTINCT $1, needs FROM unnest($2::text[]) AS needs", job.id, &job.needs)
-        .execute(&mut *tx)
-        .await?;
+    sqlx::query!(
+        "INSERT INTO job_dependencies (job_id, needs) SELECT DISTINCT $1, needs FROM unnest($2::text[]) AS needs",
+        job.id,
+        &job.needs
+    )
+    .execute(&mut *tx)
+    .await?;
     notify(&mut tx, &job.id).await?;
     tx.commit().await?;
     Ok(state)
@@ -202,7 +202,8 @@ pub async fn delete(conn: &mut PgConnection, job_id: &str) -> Result<Vec<String>
         return Err(TransitionError::Illegal { from });
     }
     sqlx::query!("UPDATE jobs SET deleted_at = now() WHERE id = $1 AND deleted_at IS NULL", job_id).execute(&mut *tx).await?;
-    let folders = sqlx::query_scalar!("DELETE FROM checkpoints WHERE job_id = $1 RETURNING artifact", job_id).fetch_all(&mut *tx).await?;
+    let folders =
+        sqlx::query_scalar!("DELETE FROM checkpoints WHERE job_id = $1 RETURNING artifact", job_id).fetch_all(&mut *tx).await?;
     tx.commit().await?;
     Ok(folders)
 }

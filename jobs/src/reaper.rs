@@ -50,7 +50,9 @@ pub async fn sweep(db: &PgPool, artifacts: &Artifacts) -> Result<usize, LeaseErr
         ended += 1;
     }
     replicas::reap(&mut conn).await?;
-    sqlx::query!("UPDATE runners SET stopped_at = now() WHERE stopped_at IS NULL AND expires_at < now()").execute(&mut *conn).await?;
+    sqlx::query!("UPDATE runners SET stopped_at = now() WHERE stopped_at IS NULL AND expires_at < now()")
+        .execute(&mut *conn)
+        .await?;
     unblock(&mut conn).await?;
     Ok(ended)
 }

@@ -87,10 +87,11 @@ pub async fn keep(context: Arc<Context>) {
 /// Takes the replica that has waited longest, if there is memory for it; otherwise makes room for it.
 async fn claim(context: &Context) -> Result<Option<Claimed>, sqlx::Error> {
     let mut tx = context.db.begin().await?;
-    let Some(next) =
-        sqlx::query!("SELECT id, memory_bytes FROM replicas WHERE state = 'queued' ORDER BY created_at, id FOR UPDATE SKIP LOCKED LIMIT 1")
-            .fetch_optional(&mut *tx)
-            .await?
+    let Some(next) = sqlx::query!(
+        "SELECT id, memory_bytes FROM replicas WHERE state = 'queued' ORDER BY created_at, id FOR UPDATE SKIP LOCKED LIMIT 1"
+    )
+    .fetch_optional(&mut *tx)
+    .await?
     else {
         return Ok(None);
     };
@@ -212,7 +213,9 @@ async fn attend(context: &Context, replica: &Claimed, engine: &mut Child) -> End
             Ok(Standing::Kept) => {}
             Ok(Standing::ToStop) => return End::Stopped,
             Ok(Standing::Lost) => return End::LeaseLost,
-            Err(error) => tracing::warn!(replica.id = replica.id, %error, "a replica's lease could not be renewed; it goes on serving"),
+            Err(error) => {
+                tracing::warn!(replica.id = replica.id, %error, "a replica's lease could not be renewed; it goes on serving")
+            }
         }
     }
 }

@@ -50,7 +50,9 @@ pub async fn fail_dependants(conn: &mut PgConnection, job_id: &str) -> Result<()
     while let Some(cause) = ended.pop() {
         let failure = Failure {
             code: FailureCode::DependencyFailed,
-            message: format!("The job {cause}, which this one needs, did not succeed. Repair and repeat that one, then create this one again."),
+            message: format!(
+                "The job {cause}, which this one needs, did not succeed. Repair and repeat that one, then create this one again."
+            ),
             param: None,
             retryable: false,
         };
@@ -75,23 +77,41 @@ pub async fn fail_dependants(conn: &mut PgConnection, job_id: &str) -> Result<()
 /// Fails what a job was to make.
 pub async fn fail_resources(conn: &mut PgConnection, job_id: &str, failure: &Failure) -> Result<(), sqlx::Error> {
     let error = error_of(failure);
-    sqlx::query!("UPDATE datasets SET state = 'failed', error = $2 WHERE job_id = $1 AND state IN ('queued', 'running')", job_id, error)
-        .execute(&mut *conn)
-        .await?;
-    sqlx::query!("UPDATE tokenizers SET state = 'failed', error = $2 WHERE job_id = $1 AND state IN ('queued', 'running')", job_id, error)
-        .execute(&mut *conn)
-        .await?;
-    sqlx::query!("UPDATE models SET state = 'failed', error = $2 WHERE job_id = $1 AND state IN ('queued', 'running')", job_id, error)
-        .execute(&mut *conn)
-        .await?;
+    sqlx::query!(
+        "UPDATE datasets SET state = 'failed', error = $2 WHERE job_id = $1 AND state IN ('queued', 'running')",
+        job_id,
+        error
+    )
+    .execute(&mut *conn)
+    .await?;
+    sqlx::query!(
+        "UPDATE tokenizers SET state = 'failed', error = $2 WHERE job_id = $1 AND state IN ('queued', 'running')",
+        job_id,
+        error
+    )
+    .execute(&mut *conn)
+    .await?;
+    sqlx::query!(
+        "UPDATE models SET state = 'failed', error = $2 WHERE job_id = $1 AND state IN ('queued', 'running')",
+        job_id,
+        error
+    )
+    .execute(&mut *conn)
+    .await?;
     Ok(())
 }
 
 /// Marks what a job makes as being made.
 pub async fn start_resources(conn: &mut PgConnection, job_id: &str) -> Result<(), sqlx::Error> {
-    sqlx::query!("UPDATE datasets SET state = 'running' WHERE job_id = $1 AND state = 'queued'", job_id).execute(&mut *conn).await?;
-    sqlx::query!("UPDATE tokenizers SET state = 'running' WHERE job_id = $1 AND state = 'queued'", job_id).execute(&mut *conn).await?;
-    sqlx::query!("UPDATE models SET state = 'running' WHERE job_id = $1 AND state = 'queued'", job_id).execute(&mut *conn).await?;
+    sqlx::query!("UPDATE datasets SET state = 'running' WHERE job_id = $1 AND state = 'queued'", job_id)
+        .execute(&mut *conn)
+        .await?;
+    sqlx::query!("UPDATE tokenizers SET state = 'running' WHERE job_id = $1 AND state = 'queued'", job_id)
+        .execute(&mut *conn)
+        .await?;
+    sqlx::query!("UPDATE models SET state = 'running' WHERE job_id = $1 AND state = 'queued'", job_id)
+        .execute(&mut *conn)
+        .await?;
     Ok(())
 }
 

@@ -16,9 +16,13 @@ use crate::{
 #[allow(clippy::large_enum_variant, reason = "a spec is made once and stored; it is never kept in numbers")]
 pub enum Spec {
     /// Builds the dataset whose row names this job.
-    Ingest { source: DatasetSource },
+    Ingest {
+        source: DatasetSource,
+    },
     /// Trains the tokenizer whose row names this job, on `jobs.dataset_id`.
-    Tokenizer { vocabulary: i64 },
+    Tokenizer {
+        vocabulary: i64,
+    },
     /// Reads an uploaded `tokenizer.json`.
     TokenizerImport {
         /// A file's id.

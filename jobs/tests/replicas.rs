@@ -41,7 +41,10 @@ impl World {
         World { db, folder: tempfile::tempdir().expect("a temporary folder") }
     }
 
-    fn start(&self, change: impl FnOnce(&mut RunnerConfig)) -> (oneshot::Sender<()>, JoinHandle<Result<(), runner::RunnerError>>) {
+    fn start(
+        &self,
+        change: impl FnOnce(&mut RunnerConfig),
+    ) -> (oneshot::Sender<()>, JoinHandle<Result<(), runner::RunnerError>>) {
         let program = self.folder.path().join("lathe.sh");
         std::fs::write(&program, ENGINE).expect("it is writable");
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o700)).expect("it is ours");
@@ -71,7 +74,8 @@ impl World {
     async fn reaches(&self, id: &str, wanted: &str) {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
-            let state: String = sqlx::query_scalar("SELECT state FROM replicas WHERE id = $1").bind(id).fetch_one(&self.db).await.expect("a row");
+            let state: String =
+                sqlx::query_scalar("SELECT state FROM replicas WHERE id = $1").bind(id).fetch_one(&self.db).await.expect("a row");
             if state == wanted {
                 return;
             }
@@ -81,7 +85,11 @@ impl World {
     }
 
     fn pid(&self) -> i32 {
-        std::fs::read_to_string(self.folder.path().join("pid")).expect("the engine has written it").trim().parse().expect("a number")
+        std::fs::read_to_string(self.folder.path().join("pid"))
+            .expect("the engine has written it")
+            .trim()
+            .parse()
+            .expect("a number")
     }
 }
 
@@ -121,7 +129,10 @@ async fn idle_replicas_go_and_broken_ones_say_so(db: PgPool) {
     std::fs::write(world.folder.path().join("broken"), "").expect("it is writable");
     world.want("replica_2").await;
     world.reaches("replica_2", "failed").await;
-    let message: String = sqlx::query_scalar("SELECT error ->> 'message' FROM replicas WHERE id = 'replica_2'").fetch_one(&world.db).await.expect("it failed");
+    let message: String = sqlx::query_scalar("SELECT error ->> 'message' FROM replicas WHERE id = 'replica_2'")
+        .fetch_one(&world.db)
+        .await
+        .expect("it failed");
     assert!(message.contains("ended while it loaded"), "{message}");
     let _ = stop.send(());
     running.await.expect("no panic").expect("it stops in order");
@@ -134,7 +145,10 @@ async fn memory_is_shared_out(db: PgPool) {
     world.want("replica_1").await;
     world.reaches("replica_1", "ready").await;
     world.want("replica_2").await;
-    sqlx::query("UPDATE replicas SET last_used_at = now() - interval '1 minute' WHERE id = 'replica_1'").execute(&world.db).await.expect("a row");
+    sqlx::query("UPDATE replicas SET last_used_at = now() - interval '1 minute' WHERE id = 'replica_1'")
+        .execute(&world.db)
+        .await
+        .expect("a row");
     world.reaches("replica_2", "ready").await;
     world.reaches("replica_1", "stopped").await;
     let _ = stop.send(());
@@ -166,7 +180,14 @@ async fn housekeeping_sweeps_what_nothing_refers_to_and_nothing_else(db: PgPool)
         std::fs::File::open(&path).and_then(|file| file.set_modified(old)).expect("it is ours");
         std::fs::File::open(path.parent().expect("a parent")).and_then(|folder| folder.set_modified(old)).expect("it is ours");
     };
-    for key in ["tmp/left", "files/file-old", "files/file-kept", "parts/part-old", "checkpoints/ftjob-1/1/10/weights", "checkpoints/ftjob-1/1/20/weights"] {
+    for key in [
+        "tmp/left",
+        "files/file-old",
+        "files/file-kept",
+        "parts/part-old",
+        "checkpoints/ftjob-1/1/10/weights",
+        "checkpoints/ftjob-1/1/20/weights",
+    ] {
         put(key);
     }
     put("staging/job_gone/1/x");

@@ -55,7 +55,10 @@ impl Running {
 
 impl World {
     async fn new(db: PgPool) -> World {
-        sqlx::query("INSERT INTO projects (id, name) VALUES ('proj_1', 'default')").execute(&db).await.expect("an empty database");
+        sqlx::query("INSERT INTO projects (id, name) VALUES ('proj_1', 'default')")
+            .execute(&db)
+            .await
+            .expect("an empty database");
         World { db, folder: tempfile::tempdir().expect("a temporary folder") }
     }
 
@@ -86,7 +89,9 @@ impl World {
             id: id.clone(),
             project_id: "proj_1".into(),
             name: None,
-            spec: Spec::Ingest { source: DatasetSource::Template { rows: 1, seed: 0, exclude: Vec::new(), templates: Vec::new() } },
+            spec: Spec::Ingest {
+                source: DatasetSource::Template { rows: 1, seed: 0, exclude: Vec::new(), templates: Vec::new() },
+            },
             request: json!({}),
             metadata: json!({}),
             priority: 0,
@@ -174,21 +179,32 @@ async fn jobs_are_claimed_at_once_and_their_results_published(db: PgPool) {
     let latencies: Vec<f64> = sqlx::query_scalar(query).fetch_all(&world.db).await.expect("thirty rows");
     println!("from queued to claimed: median {:.1} ms, 99 % {:.1} ms", latencies[15], latencies[29]);
     assert!(latencies[15] < 100.0, "{latencies:?}");
-    let (state, artifact): (String, String) = sqlx::query_as("SELECT state, artifact FROM datasets WHERE job_id = $1").bind(&last).fetch_one(&world.db).await.expect("a row");
+    let (state, artifact): (String, String) = sqlx::query_as("SELECT state, artifact FROM datasets WHERE job_id = $1")
+        .bind(&last)
+        .fetch_one(&world.db)
+        .await
+        .expect("a row");
     assert_eq!((state.as_str(), artifact), ("ready", format!("datasets/ds_{last}")));
     let artifacts = world.folder.path().join("artifacts");
     assert!(artifacts.join(format!("datasets/ds_{last}/manifest.json")).exists());
     running.stop().await;
-    assert_eq!(std::fs::read_dir(artifacts.join("staging")).expect("it is there").filter(|job| {
-        std::fs::read_dir(job.as_ref().expect("an entry").path()).expect("a folder").next().is_some()
-    }).count(), 0, "staging is swept");
+    assert_eq!(
+        std::fs::read_dir(artifacts.join("staging"))
+            .expect("it is there")
+            .filter(|job| { std::fs::read_dir(job.as_ref().expect("an entry").path()).expect("a folder").next().is_some() })
+            .count(),
+        0,
+        "staging is swept"
+    );
     assert_eq!(world.number("SELECT count(*) FROM runners WHERE stopped_at IS NOT NULL").await, 1);
 }
 
 #[sqlx::test(migrations = "../migrations")]
 async fn a_crash_is_counted_and_tried_again(db: PgPool) {
     let world = World::new(db).await;
-    let running = world.start(world.config("test -e \"$here/crashed\" && succeed\ntouch \"$here/crashed\"\necho 'segmentation fault in step 3' >&2\nkill -9 $$"));
+    let running = world.start(world.config(
+        "test -e \"$here/crashed\" && succeed\ntouch \"$here/crashed\"\necho 'segmentation fault in step 3' >&2\nkill -9 $$",
+    ));
     let id = world.enqueue().await;
     world.reaches(&id, JobState::Succeeded).await;
     assert_eq!(world.outcomes(&id).await, ["failed", "succeeded"]);
@@ -206,7 +222,10 @@ async fn a_failure_for_good_fails_the_dataset_too(db: PgPool) {
     let running = world.start(world.config(worker));
     let id = world.enqueue().await;
     world.reaches(&id, JobState::Failed).await;
-    let code: String = sqlx::query_scalar("SELECT error ->> 'code' FROM datasets WHERE state = 'failed'").fetch_one(&world.db).await.expect("it failed");
+    let code: String = sqlx::query_scalar("SELECT error ->> 'code' FROM datasets WHERE state = 'failed'")
+        .fetch_one(&world.db)
+        .await
+        .expect("it failed");
     assert_eq!(code, "no_valid_rows");
     running.stop().await;
 }
@@ -263,7 +282,10 @@ async fn a_runner_that_stops_gives_its_jobs_back(db: PgPool) {
 #[sqlx::test(migrations = "../migrations")]
 async fn a_worker_whose_lease_is_lost_is_killed(db: PgPool) {
     let world = World::new(db).await;
-    let running = world.start(world.config("test -e \"$here/pid\" && succeed\necho $$ > \"$here/pid.new\"; mv \"$here/pid.new\" \"$here/pid\"\nsleep 1000"));
+    let running =
+        world.start(world.config(
+            "test -e \"$here/pid\" && succeed\necho $$ > \"$here/pid.new\"; mv \"$here/pid.new\" \"$here/pid\"\nsleep 1000",
+        ));
     let id = world.enqueue().await;
     appears(&world.marker("pid")).await;
     let stolen = "UPDATE job_attempts SET ended_at = now(), outcome = 'lost' WHERE ended_at IS NULL";

@@ -29,7 +29,10 @@ impl World {
     async fn new(db: PgPool) -> World {
         let root = tempfile::tempdir().expect("a temporary folder");
         let artifacts = Artifacts::open(root.path()).expect("it is writable");
-        sqlx::query("INSERT INTO projects (id, name) VALUES ('proj_1', 'default')").execute(&db).await.expect("an empty database");
+        sqlx::query("INSERT INTO projects (id, name) VALUES ('proj_1', 'default')")
+            .execute(&db)
+            .await
+            .expect("an empty database");
         for runner in ["runner_a", "runner_b"] {
             sqlx::query(
                 "INSERT INTO runners (id, name, host, pid, version, devices, light_slots, device_slots, expires_at)
@@ -165,7 +168,15 @@ fn failure(retryable: bool) -> Ending {
 
 fn metric(step: u64) -> Batch {
     let mut batch = Batch::default();
-    batch.metric(MetricRow { step, loss: 1.0, learning_rate: 0.1, grad_norm: 1.0, tokens: 1, tokens_per_second: 1.0, validation_loss: None });
+    batch.metric(MetricRow {
+        step,
+        loss: 1.0,
+        learning_rate: 0.1,
+        grad_norm: 1.0,
+        tokens: 1,
+        tokens_per_second: 1.0,
+        validation_loss: None,
+    });
     batch
 }
 
@@ -222,7 +233,10 @@ async fn step(world: &World, random: &mut StdRng, jobs: &mut Vec<String>, leases
             format!("the lease on {} expires", lease.job_id)
         }
         _ => {
-            sqlx::query("UPDATE jobs SET run_after = now() WHERE state = 'queued'").execute(&world.db).await.expect("the database is there");
+            sqlx::query("UPDATE jobs SET run_after = now() WHERE state = 'queued'")
+                .execute(&world.db)
+                .await
+                .expect("the database is there");
             "back-offs are over".into()
         }
     }
@@ -270,13 +284,19 @@ async fn walk(world: &World, seed: u64, steps: usize) {
 
 /// Whatever happened, every job can still be brought to an end.
 async fn drain(world: &World, jobs: &[String], log: &[String]) {
-    sqlx::query("UPDATE job_attempts SET expires_at = now() - interval '1 second' WHERE ended_at IS NULL").execute(&world.db).await.expect("the database is there");
+    sqlx::query("UPDATE job_attempts SET expires_at = now() - interval '1 second' WHERE ended_at IS NULL")
+        .execute(&world.db)
+        .await
+        .expect("the database is there");
     reaper::sweep(&world.db, &world.artifacts).await.expect("the database is there");
     for job in jobs {
         let mut conn = world.db.acquire().await.expect("the database is there");
         let _ = queue::resume(&mut conn, job).await;
     }
-    sqlx::query("UPDATE jobs SET run_after = now() WHERE state = 'queued'").execute(&world.db).await.expect("the database is there");
+    sqlx::query("UPDATE jobs SET run_after = now() WHERE state = 'queued'")
+        .execute(&world.db)
+        .await
+        .expect("the database is there");
     while let Some(claimed) = world.claim("runner_a").await {
         world.succeed(&claimed.lease).await.expect("the lease is live");
     }
@@ -342,7 +362,10 @@ async fn failures_back_off_until_the_attempts_are_used_up(db: PgPool) {
         let claimed = world.claim("runner_a").await.expect("it is queued");
         assert_eq!(world.finish(&claimed.lease, failure(true)).await.expect("the lease is live"), JobState::Queued);
         assert!(world.claim("runner_a").await.is_none(), "it waits");
-        let planned: f64 = sqlx::query_scalar("SELECT extract(epoch FROM run_after - queued_at)::float8 FROM jobs").fetch_one(&world.db).await.expect("a row");
+        let planned: f64 = sqlx::query_scalar("SELECT extract(epoch FROM run_after - queued_at)::float8 FROM jobs")
+            .fetch_one(&world.db)
+            .await
+            .expect("a row");
         assert_eq!(planned, wait);
         sqlx::query("UPDATE jobs SET run_after = now()").execute(&world.db).await.expect("the database is there");
     }
@@ -353,7 +376,8 @@ async fn failures_back_off_until_the_attempts_are_used_up(db: PgPool) {
     }
     let claimed = world.claim("runner_a").await.expect("it is queued");
     assert_eq!(world.finish(&claimed.lease, failure(true)).await.expect("the lease is live"), JobState::Failed);
-    let error: serde_json::Value = sqlx::query_scalar("SELECT error FROM jobs WHERE id = $1").bind(&id).fetch_one(&world.db).await.expect("it failed");
+    let error: serde_json::Value =
+        sqlx::query_scalar("SELECT error FROM jobs WHERE id = $1").bind(&id).fetch_one(&world.db).await.expect("it failed");
     assert_eq!(error["code"], "attempts_exhausted");
     assert!(error["message"].as_str().expect("a sentence").contains("killed"));
 }
@@ -364,16 +388,23 @@ async fn a_lost_runner_costs_nothing_and_changes_nothing_when_it_is_back(db: PgP
     world.enqueue("long", 0, &[]).await.expect("a new job");
     let stale = world.claim("runner_a").await.expect("it is queued").lease;
     assert_eq!(reaper::sweep(&world.db, &world.artifacts).await.expect("the database is there"), 0, "the lease is fresh");
-    sqlx::query("UPDATE job_attempts SET expires_at = now() - interval '1 second'").execute(&world.db).await.expect("the database is there");
+    sqlx::query("UPDATE job_attempts SET expires_at = now() - interval '1 second'")
+        .execute(&world.db)
+        .await
+        .expect("the database is there");
     let mut conn = world.db.acquire().await.expect("the database is there");
     lease::heartbeat(&mut conn, &stale, 60.0, 3).await.expect("nobody has decided otherwise yet");
-    sqlx::query("UPDATE job_attempts SET expires_at = now() - interval '1 second'").execute(&world.db).await.expect("the database is there");
+    sqlx::query("UPDATE job_attempts SET expires_at = now() - interval '1 second'")
+        .execute(&world.db)
+        .await
+        .expect("the database is there");
     assert_eq!(reaper::sweep(&world.db, &world.artifacts).await.expect("the database is there"), 1);
     let fresh = world.claim("runner_b").await.expect("it is queued again").lease;
     assert!(matches!(world.succeed(&stale).await, Err(LeaseError::Lost)));
     assert!(matches!(lease::heartbeat(&mut conn, &stale, 60.0, 3).await, Err(LeaseError::Lost)));
     world.succeed(&fresh).await.expect("the lease is live");
-    let published = std::fs::read_to_string(world.artifacts.path(&format!("datasets/ds_{}/manifest.json", fresh.job_id))).expect("it is published");
+    let published = std::fs::read_to_string(world.artifacts.path(&format!("datasets/ds_{}/manifest.json", fresh.job_id)))
+        .expect("it is published");
     assert_eq!(published, fresh.token);
     let failures: i32 = sqlx::query_scalar("SELECT failures FROM jobs").fetch_one(&world.db).await.expect("a row");
     assert_eq!(failures, 0);

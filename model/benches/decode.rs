@@ -86,7 +86,9 @@ fn main() {
             for sequences in [1, 8, 32] {
                 let rounds = if shape.layers > 4 { 1 } else { 8 };
                 let speed = measure(&engine, sequences, rounds);
-                println!("{name}, {dtype:?}, deterministic {deterministic_decode}, {sequences:>2} sequences: {speed:>8.1} tokens/s");
+                println!(
+                    "{name}, {dtype:?}, deterministic {deterministic_decode}, {sequences:>2} sequences: {speed:>8.1} tokens/s"
+                );
             }
         }
     }

@@ -145,7 +145,13 @@ pub struct ModelFile {
 }
 
 /// Writes a model's folder with a copy of its tokenizer; the hash of its weights.
-pub fn save_model(folder: &Path, spec: &JobSpec, parameters: &Parameters, tokenizer: &Path, disk_low_bytes: u64) -> Result<String, Failure> {
+pub fn save_model(
+    folder: &Path,
+    spec: &JobSpec,
+    parameters: &Parameters,
+    tokenizer: &Path,
+    disk_low_bytes: u64,
+) -> Result<String, Failure> {
     let weights = owned(parameters.logical());
     let staged = fresh_folder(folder, bytes_of(&weights), disk_low_bytes)?;
     write_tensors(&staged.join(WEIGHTS), &weights)?;

@@ -15,9 +15,10 @@ pub fn new(code: FailureCode, message: impl Into<String>) -> Failure {
 /// A full disk by its own name; anything else of the file system may pass.
 pub fn io(error: io::Error) -> Failure {
     match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            Failure { retryable: true, ..new(FailureCode::DiskFull, format!("the disk is full ({error}): free some space, then retry")) }
-        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Failure {
+            retryable: true,
+            ..new(FailureCode::DiskFull, format!("the disk is full ({error}): free some space, then retry"))
+        },
         _ => Failure { retryable: true, ..new(FailureCode::Internal, format!("reading or writing files failed: {error}")) },
     }
 }

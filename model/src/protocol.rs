@@ -119,19 +119,46 @@ pub enum Command {
 #[serde(tag = "report", rename_all = "snake_case")]
 pub enum Report {
     /// The worker runs; `numerics` pins what bits depend on.
-    Started { numerics: Numerics, numerics_changed: bool },
-    Phase { phase: Phase },
+    Started {
+        numerics: Numerics,
+        numerics_changed: bool,
+    },
+    Phase {
+        phase: Phase,
+    },
     /// The spec with nothing left open, once, at the end of `preparing`.
-    Resolved { spec: Box<JobSpec>, trained_tokens_per_epoch: u64 },
-    Metric { row: MetricRow },
-    Event { level: Level, code: String, message: String, data: serde_json::Value },
+    Resolved {
+        spec: Box<JobSpec>,
+        trained_tokens_per_epoch: u64,
+    },
+    Metric {
+        row: MetricRow,
+    },
+    Event {
+        level: Level,
+        code: String,
+        message: String,
+        data: serde_json::Value,
+    },
     /// A whole checkpoint stands in `folder` (below `staging`).
-    Checkpoint { step: u64, folder: PathBuf, loss: Option<f64>, validation_loss: Option<f64>, best: bool },
+    Checkpoint {
+        step: u64,
+        folder: PathBuf,
+        loss: Option<f64>,
+        validation_loss: Option<f64>,
+        best: bool,
+    },
     /// Heartbeat of the training loop itself: the last finished step.
-    Progress { step: u64 },
+    Progress {
+        step: u64,
+    },
     /// The task is done; `result` is what its kind produces.
-    Done { result: TaskResult },
-    Failed { failure: Failure },
+    Done {
+        result: TaskResult,
+    },
+    Failed {
+        failure: Failure,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -223,8 +250,25 @@ pub enum FailureCode {
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum TaskResult {
     /// A model's folder stands in `staging/model`.
-    Model { folder: PathBuf, parameters: u64, weights_sha256: String, trained_tokens: u64, template: Option<String> },
-    Tokenizer { folder: PathBuf, sha256: String, vocabulary: i64, added_roles: Vec<String> },
-    Dataset { folder: PathBuf, sha256: String, statistics: serde_json::Value },
-    Statistics { statistics: serde_json::Value },
+    Model {
+        folder: PathBuf,
+        parameters: u64,
+        weights_sha256: String,
+        trained_tokens: u64,
+        template: Option<String>,
+    },
+    Tokenizer {
+        folder: PathBuf,
+        sha256: String,
+        vocabulary: i64,
+        added_roles: Vec<String>,
+    },
+    Dataset {
+        folder: PathBuf,
+        sha256: String,
+        statistics: serde_json::Value,
+    },
+    Statistics {
+        statistics: serde_json::Value,
+    },
 }

@@ -187,15 +187,19 @@ impl Tokenizer {
     pub fn load(folder: &Path) -> Result<Tokenizer, Error> {
         let json = std::fs::read(folder.join(TOKENIZER_FILE))?;
         let config = std::fs::read(folder.join(CONFIG_FILE))?;
-        let parsed: Config = serde_json::from_slice(&config).map_err(|error| Error::Invalid(format!("{CONFIG_FILE} cannot be read: {error}")))?;
+        let parsed: Config =
+            serde_json::from_slice(&config).map_err(|error| Error::Invalid(format!("{CONFIG_FILE} cannot be read: {error}")))?;
         if parsed.version != CONFIG_VERSION {
-            return Err(Error::Invalid(format!("{CONFIG_FILE} has version {}, this program reads {CONFIG_VERSION}", parsed.version)));
+            return Err(Error::Invalid(format!(
+                "{CONFIG_FILE} has version {}, this program reads {CONFIG_VERSION}",
+                parsed.version
+            )));
         }
         let mut digest = Sha256::new();
         digest.update(&json);
         digest.update(&config);
-        let mut inner =
-            tokenizers::Tokenizer::from_bytes(&json).map_err(|error| Error::Invalid(format!("{TOKENIZER_FILE} cannot be read: {error}")))?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(&json)
+            .map_err(|error| Error::Invalid(format!("{TOKENIZER_FILE} cannot be read: {error}")))?;
         // Special tokens in a text are text.
         inner.set_encode_special_tokens(true);
         Tokenizer::assemble(inner, parsed, hex::encode(digest.finalize()))
@@ -205,14 +209,18 @@ impl Tokenizer {
         let size = config.vocabulary as usize;
         let mut reserved = vec![false; size];
         for id in config.reserved.iter().copied().chain(Role::ALL.map(|role| config.roles.id(role))) {
-            *reserved.get_mut(id as usize).ok_or_else(|| Error::Invalid(format!("the reserved id {id} is beyond the vocabulary of {size}")))? = true;
+            *reserved
+                .get_mut(id as usize)
+                .ok_or_else(|| Error::Invalid(format!("the reserved id {id} is beyond the vocabulary of {size}")))? = true;
         }
         let added = inner.get_added_tokens_decoder();
         let characters = train::byte_level_characters();
         let mut bytes = vec![Box::<[u8]>::default(); size];
         let mut byte_ids = [None; 256];
         for (token, id) in inner.get_vocab(true) {
-            let slot = bytes.get_mut(id as usize).ok_or_else(|| Error::Invalid(format!("token {id} is beyond the vocabulary of {size}")))?;
+            let slot = bytes
+                .get_mut(id as usize)
+                .ok_or_else(|| Error::Invalid(format!("token {id} is beyond the vocabulary of {size}")))?;
             if reserved[id as usize] {
                 continue;
             }

@@ -31,8 +31,12 @@ impl Api {
         let mut conn = db.acquire().await.expect("the test's database");
         let key = "the-test-key".to_owned();
         auth::bootstrap(&mut conn, &key).await.expect("a fresh schema");
-        sqlx::query("INSERT INTO projects (id, name) VALUES ('proj_other', 'other')").execute(&mut *conn).await.expect("a fresh schema");
-        let other = auth::create_key(&mut conn, "proj_other", None, Scope::Project).await.expect("a project that is there").secret;
+        sqlx::query("INSERT INTO projects (id, name) VALUES ('proj_other', 'other')")
+            .execute(&mut *conn)
+            .await
+            .expect("a fresh schema");
+        let other =
+            auth::create_key(&mut conn, "proj_other", None, Scope::Project).await.expect("a project that is there").secret;
         drop(conn);
         let artifacts = tempfile::tempdir().expect("a temporary folder");
         let state = AppState::new(db, Artifacts::open(artifacts.path()).expect("a writable folder"), config);
@@ -76,8 +80,15 @@ impl Api {
         let file = self.upload("rows.jsonl", b"{\"text\": \"hello\"}\n").await["id"].as_str().expect("an id").to_owned();
         let begun = serde_json::json!({"filename": "a.txt", "purpose": "fine-tune", "bytes": 3, "mime_type": "text/plain"});
         let upload = self.post("/v1/uploads", &begun).await.1["id"].as_str().expect("an id").to_owned();
-        sqlx::raw_sql(sqlx::AssertSqlSafe(RESOURCES.replace("PROJECT", DEFAULT_PROJECT))).execute(&self.state.db).await.expect("rows that fit the schema");
-        let key: String = sqlx::query_scalar("SELECT id FROM api_keys WHERE project_id = $1").bind(DEFAULT_PROJECT).fetch_one(&self.state.db).await.expect("the key");
+        sqlx::raw_sql(sqlx::AssertSqlSafe(RESOURCES.replace("PROJECT", DEFAULT_PROJECT)))
+            .execute(&self.state.db)
+            .await
+            .expect("rows that fit the schema");
+        let key: String = sqlx::query_scalar("SELECT id FROM api_keys WHERE project_id = $1")
+            .bind(DEFAULT_PROJECT)
+            .fetch_one(&self.state.db)
+            .await
+            .expect("the key");
         vec![
             ("file_id", file),
             ("upload_id", upload),

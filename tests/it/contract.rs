@@ -77,7 +77,8 @@ fn schema_examples(schema: &Value, document: &Value) -> Vec<Value> {
         Some(name) => &document["components"]["schemas"][name.trim_start_matches("#/components/schemas/")],
         None => schema,
     };
-    let own = schema["examples"].as_array().into_iter().flatten().chain(Some(&schema["example"]).filter(|example| !example.is_null()));
+    let own =
+        schema["examples"].as_array().into_iter().flatten().chain(Some(&schema["example"]).filter(|example| !example.is_null()));
     let own: Vec<Value> = own.cloned().collect();
     if !own.is_empty() {
         return own;
@@ -146,7 +147,9 @@ async fn bad_bodies_are_refused(db: PgPool) {
     let document = openapi::document();
     for operation in operations(&document).iter().filter(|operation| operation.takes_json()) {
         let path = operation.path(&resources);
-        let raw = |kind: &'static str, body: Vec<u8>| answer(api.request(operation.method.clone(), &path).header("content-type", kind).body(body));
+        let raw = |kind: &'static str, body: Vec<u8>| {
+            answer(api.request(operation.method.clone(), &path).header("content-type", kind).body(body))
+        };
         let bodies: [&[u8]; 6] = [b"{", b"[]", b"null", b"\"\xff\"", br#"{"a": 1, "a": 2}"#, br#"{"not_a_field": 1}"#];
         for body in bodies {
             let case = format!("{} with {}", operation.id, String::from_utf8_lossy(body));
@@ -164,7 +167,9 @@ async fn bad_bodies_are_refused(db: PgPool) {
 async fn bad_paths_and_queries_are_refused(db: PgPool) {
     let api = Api::start(db).await;
     let resources = api.resources().await;
-    for operation in operations(&openapi::document()).iter().filter(|operation| operation.method == Method::GET && !operation.public()) {
+    for operation in
+        operations(&openapi::document()).iter().filter(|operation| operation.method == Method::GET && !operation.public())
+    {
         for id in ["unknown", "%00", "%FF", "%F0%9F%92%A5", &"x".repeat(5_000)] {
             if operation.path.contains('{') {
                 let open = resources.iter().map(|(name, _)| (*name, id.to_owned())).collect::<Vec<_>>();
@@ -218,7 +223,9 @@ fn mutations() -> Vec<Value> {
 fn leaves(value: &Value, at: String, found: &mut Vec<String>) {
     found.push(at.clone());
     match value {
-        Value::Object(fields) => fields.iter().for_each(|(name, field)| leaves(field, format!("{at}/{}", name.replace('~', "~0").replace('/', "~1")), found)),
+        Value::Object(fields) => fields
+            .iter()
+            .for_each(|(name, field)| leaves(field, format!("{at}/{}", name.replace('~', "~0").replace('/', "~1")), found)),
         Value::Array(items) => items.iter().enumerate().for_each(|(index, item)| leaves(item, format!("{at}/{index}"), found)),
         _ => {}
     }

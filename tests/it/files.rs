@@ -42,7 +42,12 @@ async fn refused_forms_leave_nothing(db: PgPool) {
         ("an empty file", form("x.txt", b""), 400, Some("file")),
         ("another field", form("x.txt", b"x").text("colour", "red"), 400, Some("colour")),
         ("an unknown purpose", Form::new().text("purpose", "fun").part("file", part(3)), 400, Some("purpose")),
-        ("an early expiry", form("x.txt", b"x").text("expires_after[anchor]", "created_at").text("expires_after[seconds]", "5"), 400, Some("expires_after.seconds")),
+        (
+            "an early expiry",
+            form("x.txt", b"x").text("expires_after[anchor]", "created_at").text("expires_after[seconds]", "5"),
+            400,
+            Some("expires_after.seconds"),
+        ),
         ("metadata of numbers", form("x.txt", b"x").text("metadata", r#"{"a": 1}"#), 400, Some("metadata.a")),
         ("a large file", Form::new().text("purpose", "batch").part("file", part(1001)), 413, Some("file")),
     ];
@@ -50,10 +55,17 @@ async fn refused_forms_leave_nothing(db: PgPool) {
         let refusal = answer(api.request(Method::POST, "/v1/files").multipart(form)).await;
         assert_eq!(refused(case, &refusal, &[status]).as_deref(), param, "{case}");
     }
-    let raw = |kind: &'static str, body: &'static str| answer(api.request(Method::POST, "/v1/files").header("content-type", kind).body(body));
+    let raw = |kind: &'static str, body: &'static str| {
+        answer(api.request(Method::POST, "/v1/files").header("content-type", kind).body(body))
+    };
     refused("JSON", &raw("application/json", "{}").await, &[415]);
     refused("no boundary", &raw("multipart/form-data", "x").await, &[415]);
-    refused("a broken form", &raw("multipart/form-data; boundary=b", "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"x\"\r\n\r\nxx").await, &[400]);
+    refused(
+        "a broken form",
+        &raw("multipart/form-data; boundary=b", "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"x\"\r\n\r\nxx")
+            .await,
+        &[400],
+    );
     assert_eq!((api.stored("files"), api.stored("tmp")), (0, 0));
     assert_eq!(api.get("/v1/files").await.1["data"], json!([]));
 }
@@ -80,7 +92,14 @@ async fn lists_are_paged_both_ways(db: PgPool) {
         assert_eq!(seen, expected, "{order}");
     }
     assert_eq!(api.get("/v1/files?purpose=batch").await.1["data"], json!([]));
-    for (query, param) in [("limit=0", "limit"), ("limit=10001", "limit"), ("limit=x", "limit"), ("order=up", "order"), ("after=file-x", "after"), ("colour=red", "colour")] {
+    for (query, param) in [
+        ("limit=0", "limit"),
+        ("limit=10001", "limit"),
+        ("limit=x", "limit"),
+        ("order=up", "order"),
+        ("after=file-x", "after"),
+        ("colour=red", "colour"),
+    ] {
         assert_eq!(refused(query, &api.get(&format!("/v1/files?{query}")).await, &[400]).as_deref(), Some(param));
     }
 }
@@ -90,7 +109,11 @@ async fn a_file_in_use_stays(db: PgPool) {
     let api = Api::start(db.clone()).await;
     let resources = api.resources().await;
     let file = &resources[0].1;
-    sqlx::query("INSERT INTO dataset_files (dataset_id, position, file_id) VALUES ('ds_test', 0, $1)").bind(file).execute(&db).await.unwrap();
+    sqlx::query("INSERT INTO dataset_files (dataset_id, position, file_id) VALUES ('ds_test', 0, $1)")
+        .bind(file)
+        .execute(&db)
+        .await
+        .unwrap();
     let response = api.request(Method::DELETE, &format!("/v1/files/{file}")).send().await.unwrap();
     assert_eq!((response.status().as_u16(), response.headers()["x-should-retry"].to_str().unwrap()), (409, "false"));
     assert!(response.text().await.unwrap().contains("ds_test"));
@@ -102,7 +125,9 @@ async fn a_file_in_use_stays(db: PgPool) {
 async fn an_sdks_retry_makes_no_second_file(db: PgPool) {
     let api = Api::start(db).await;
     let first = api.upload("a.txt", b"abc").await;
-    let retry = answer(api.request(Method::POST, "/v1/files").header("x-stainless-retry-count", "1").multipart(form("a.txt", b"abc"))).await;
+    let retry =
+        answer(api.request(Method::POST, "/v1/files").header("x-stainless-retry-count", "1").multipart(form("a.txt", b"abc")))
+            .await;
     assert_eq!(retry.1["id"], first["id"]);
     assert_eq!(api.stored("files"), 1);
     assert_ne!(api.upload("a.txt", b"abc").await["id"], first["id"]);
@@ -135,7 +160,8 @@ async fn parts_become_a_file_in_the_order_of_completion(db: PgPool) {
     let (status, done) = api.post(&complete, &right).await;
     assert_eq!((status.as_u16(), &done["status"]), (200, &json!("completed")), "{done}");
     assert_eq!(api.post(&complete, &right).await.1, done);
-    let content = api.request(Method::GET, &format!("/v1/files/{}/content", done["file"]["id"].as_str().unwrap())).send().await.unwrap();
+    let content =
+        api.request(Method::GET, &format!("/v1/files/{}/content", done["file"]["id"].as_str().unwrap())).send().await.unwrap();
     assert_eq!(content.bytes().await.unwrap(), "hello world");
     refused("cancelling a completed one", &api.post(&format!("/v1/uploads/{id}/cancel"), &json!({})).await, &[409]);
     assert_eq!((api.stored("files"), api.stored("parts"), api.stored("tmp")), (1, 0, 0));

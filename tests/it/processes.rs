@@ -15,7 +15,12 @@ const STARTED: Duration = Duration::from_secs(3);
 const RECOVERED: Duration = Duration::from_secs(15);
 
 fn run(app: &TestApp, arguments: &[&str]) -> Output {
-    Command::new(lathe()).args(arguments).env("LATHE_DATA_DIR", &app.data_dir).env_remove("DATABASE_URL").output().expect("lathe runs")
+    Command::new(lathe())
+        .args(arguments)
+        .env("LATHE_DATA_DIR", &app.data_dir)
+        .env_remove("DATABASE_URL")
+        .output()
+        .expect("lathe runs")
 }
 
 /// Waits until the stack says that it is ready.

@@ -91,7 +91,16 @@ impl Builder {
             Some(server) => Some(Database::create(&server).await),
             None => None,
         };
-        let mut app = TestApp { url: String::new(), key: KEY.to_owned(), client: reqwest::Client::new(), data_dir, serve: None, database, builder: self, folder };
+        let mut app = TestApp {
+            url: String::new(),
+            key: KEY.to_owned(),
+            client: reqwest::Client::new(),
+            data_dir,
+            serve: None,
+            database,
+            builder: self,
+            folder,
+        };
         app.start_again();
         app
     }
@@ -110,14 +119,18 @@ impl Database {
         let name = lathe_jobs::ids::new("lathe_test").to_lowercase();
         let mut conn = PgConnection::connect_with(&server).await.expect("DATABASE_URL's server is there");
         // The name is made here, of letters, digits and underscores.
-        sqlx::query(sqlx::AssertSqlSafe(format!("CREATE DATABASE {name}"))).execute(&mut conn).await.expect("databases can be made");
+        sqlx::query(sqlx::AssertSqlSafe(format!("CREATE DATABASE {name}")))
+            .execute(&mut conn)
+            .await
+            .expect("databases can be made");
         let url = server.clone().database(&name).to_url_lossy().to_string();
         Database { server, name, url }
     }
 
     async fn remove(self) {
         let mut conn = PgConnection::connect_with(&self.server).await.expect("the server is there");
-        let removed = sqlx::query(sqlx::AssertSqlSafe(format!("DROP DATABASE {} WITH (FORCE)", self.name))).execute(&mut conn).await;
+        let removed =
+            sqlx::query(sqlx::AssertSqlSafe(format!("DROP DATABASE {} WITH (FORCE)", self.name))).execute(&mut conn).await;
         removed.expect("the database is dropped");
     }
 }
@@ -255,7 +268,10 @@ impl TestApp {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
             runtime.block_on(async {
                 let mut conn = PgConnection::connect(&url).await.expect("the database is there");
-                sqlx::query_as("SELECT id, state FROM jobs WHERE finished_at IS NULL").fetch_all(&mut conn).await.expect("the table is there")
+                sqlx::query_as("SELECT id, state FROM jobs WHERE finished_at IS NULL")
+                    .fetch_all(&mut conn)
+                    .await
+                    .expect("the table is there")
             })
         });
         asked.join().expect("the question is answered")
@@ -279,7 +295,8 @@ impl Drop for TestApp {
         } else {
             self.stop();
         }
-        complaints.extend(left_running(&self.data_dir).into_iter().map(|(pid, kind)| format!("process {pid} ({kind:?}) is left")));
+        complaints
+            .extend(left_running(&self.data_dir).into_iter().map(|(pid, kind)| format!("process {pid} ({kind:?}) is left")));
         self.remove_cluster();
         if let Some(database) = self.database.take() {
             let removed = std::thread::spawn(move || {

@@ -84,7 +84,11 @@ pub struct Client {
 
 impl Client {
     pub fn new(base: String, key: String) -> Result<Client, reqwest::Error> {
-        let http = reqwest::Client::builder().no_proxy().connect_timeout(Duration::from_secs(5)).read_timeout(Duration::from_secs(120)).build()?;
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .connect_timeout(Duration::from_secs(5))
+            .read_timeout(Duration::from_secs(120))
+            .build()?;
         Ok(Client { http, base, key })
     }
 
@@ -184,7 +188,8 @@ impl Client {
                 Ok(answer) if answer.status().is_success() => return Ok(answer),
                 Ok(answer) => {
                     let (status, asked) = (answer.status(), retry_after(&answer));
-                    let for_good = !may_pass(status) || answer.headers().get("x-should-retry").is_some_and(|value| value == "false");
+                    let for_good =
+                        !may_pass(status) || answer.headers().get("x-should-retry").is_some_and(|value| value == "false");
                     outcome = Err(ClientError::Refused { what: what.to_owned(), status, message: sentence(answer).await });
                     if for_good {
                         break;
@@ -216,7 +221,8 @@ fn chat_body(model: &str, question: &str, max_tokens: u32) -> Value {
 
 /// Refusals that another moment may lift.
 fn may_pass(status: StatusCode) -> bool {
-    matches!(status, StatusCode::REQUEST_TIMEOUT | StatusCode::CONFLICT | StatusCode::TOO_MANY_REQUESTS) || status.is_server_error()
+    matches!(status, StatusCode::REQUEST_TIMEOUT | StatusCode::CONFLICT | StatusCode::TOO_MANY_REQUESTS)
+        || status.is_server_error()
 }
 
 fn retry_after(answer: &Response) -> Option<Duration> {
@@ -237,7 +243,9 @@ async fn parsed<T: DeserializeOwned>(what: &str, answer: Response) -> Result<T, 
 }
 
 /// The text of streamed chat chunks, up to `[DONE]`. A stream that ends before it is an error.
-fn pieces(bytes: impl Stream<Item = reqwest::Result<Bytes>> + Send + 'static) -> impl Stream<Item = Result<String, ClientError>> + Unpin {
+fn pieces(
+    bytes: impl Stream<Item = reqwest::Result<Bytes>> + Send + 'static,
+) -> impl Stream<Item = Result<String, ClientError>> + Unpin {
     let state = Some((bytes.boxed(), Vec::new()));
     futures_util::stream::unfold(state, |state| async {
         let (mut bytes, mut buffer): (_, Vec<u8>) = state?;
@@ -300,7 +308,12 @@ mod tests {
 
     #[tokio::test]
     async fn chunks_may_be_cut_anywhere() {
-        let parts = [": hello\n\nda", "ta: {\"choices\":[{\"delta\":{\"content\":\"Mo", "n\"}}]}\n\n", "data: {\"choices\":[]}\n\ndata: [DONE]\n\n"];
+        let parts = [
+            ": hello\n\nda",
+            "ta: {\"choices\":[{\"delta\":{\"content\":\"Mo",
+            "n\"}}]}\n\n",
+            "data: {\"choices\":[]}\n\ndata: [DONE]\n\n",
+        ];
         assert_eq!(collected(&parts).await, vec![Ok("Mon".to_owned())]);
     }
 

@@ -43,7 +43,9 @@ impl Stage {
                 if let Some(total) = total
                     && bar.length() != Some(total)
                 {
-                    bar.set_style(style("{spinner} {prefix:<22} {elapsed:>4} [{bar:28}] {pos}/{len} {msg}").progress_chars("=> "));
+                    bar.set_style(
+                        style("{spinner} {prefix:<22} {elapsed:>4} [{bar:28}] {pos}/{len} {msg}").progress_chars("=> "),
+                    );
                     bar.set_length(total);
                 }
                 bar.set_position(done);

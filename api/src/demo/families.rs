@@ -102,7 +102,8 @@ mod tests {
 
     /// Rows as (family, instruction, output), made as the server makes them.
     fn made(families: &[Family], folder: &Path, rows: u64, seed: u64, exclude: &[&Path]) -> Vec<(usize, String, String)> {
-        let templates = families.iter().map(|family| serde_json::from_value(family.template.clone()).expect("a template")).collect();
+        let templates =
+            families.iter().map(|family| serde_json::from_value(family.template.clone()).expect("a template")).collect();
         let exclude = exclude.iter().map(|folder| folder.to_path_buf()).collect();
         let source = Source::Template(TemplateSource { rows, seed, templates, exclude });
         let spec = IngestSpec { source, output: folder.to_owned(), max_bytes: 1 << 30, max_ratio: 100, max_line_bytes: 1 << 20 };
@@ -121,7 +122,12 @@ mod tests {
     /// What two rows of a family must not share. Its output tells a row's variables, except that
     /// many names have the same initials: there it is the names.
     fn variables(families: &[Family], (family, instruction, output): &(usize, String, String)) -> (usize, String) {
-        let names = |text: &str| text.split([' ', '?', '.']).filter(|word| word.starts_with(char::is_uppercase) && !["What", "Shorten"].contains(word)).collect::<Vec<_>>().join(" ");
+        let names = |text: &str| {
+            text.split([' ', '?', '.'])
+                .filter(|word| word.starts_with(char::is_uppercase) && !["What", "Shorten"].contains(word))
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
         (*family, if families[*family].name == "initials" { names(instruction) } else { output.clone() })
     }
 

@@ -32,7 +32,9 @@ use crate::config::DemoConfig;
 
 #[derive(Debug, thiserror::Error)]
 pub enum DemoError {
-    #[error("port {port} is in use, so the demo cannot start a server there: stop what listens on it, or choose another address with --listen")]
+    #[error(
+        "port {port} is in use, so the demo cannot start a server there: stop what listens on it, or choose another address with --listen"
+    )]
     PortTaken { port: u16 },
     #[error("the server was not ready within {seconds} seconds; its log is {}", .log.display())]
     NotReady { seconds: u64, log: PathBuf },
@@ -46,7 +48,9 @@ pub enum DemoError {
     Failed { what: String, message: String },
     #[error("{phase} did not lower the loss: it went from {first:.3} to {last:.3}")]
     LossRose { phase: &'static str, first: f64, last: f64 },
-    #[error("{baseline} answers {got:.1} % of the held-out questions, and at most {allowed:.0} % would show that the tasks have to be learned")]
+    #[error(
+        "{baseline} answers {got:.1} % of the held-out questions, and at most {allowed:.0} % would show that the tasks have to be learned"
+    )]
     TooEasy { baseline: &'static str, got: f64, allowed: f64 },
     #[error("the tuned model answers too few held-out questions: {got:.1} % {of}, where {wanted:.0} % were expected")]
     ScoreTooLow { of: String, got: f64, wanted: f64 },
@@ -109,7 +113,10 @@ fn invite(server: &Server, outcome: &Outcome) {
     let (base, key) = (&server.base, &server.key);
     let body = serde_json::json!({"model": outcome.model, "messages": [{"role": "user", "content": outcome.question}], "temperature": 0, "max_tokens": tasks::MAX_TOKENS});
     say(&format!("\nServing until Ctrl-C.\n  address  {base}/v1\n  key      {key}\n  docs     {base}/docs\n\nTry it:"));
-    say(&format!("  curl {base}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\\n    -d '{}'", quoted(&body.to_string())));
+    say(&format!(
+        "  curl {base}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\\n    -d '{}'",
+        quoted(&body.to_string())
+    ));
 }
 
 /// For single quotes in a shell.
@@ -128,7 +135,8 @@ async fn stream_answers(client: &Client, model: &str, questions: &[(String, Stri
             piece(&text.replace('\n', "\n    "));
             whole.push_str(&text);
         }
-        let verdict = if whole == *expected { String::new() } else { format!("\n    (expected: {})", expected.replace('\n', "\n    ")) };
+        let verdict =
+            if whole == *expected { String::new() } else { format!("\n    (expected: {})", expected.replace('\n', "\n    ")) };
         say(&verdict);
     }
     Ok(())

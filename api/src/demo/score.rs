@@ -55,9 +55,13 @@ pub fn commonest_answer(families: usize, questions: &[Question]) -> Score {
     for question in questions {
         *counts[question.family].entry(&question.expected).or_default() += 1;
     }
-    let tally = |answers: &BTreeMap<&str, u64>| Tally { right: answers.values().copied().max().unwrap_or(0), asked: answers.values().sum() };
+    let tally = |answers: &BTreeMap<&str, u64>| Tally {
+        right: answers.values().copied().max().unwrap_or(0),
+        asked: answers.values().sum(),
+    };
     let families: Vec<Tally> = counts.iter().map(tally).collect();
-    let all = Tally { right: families.iter().map(|tally| tally.right).sum(), asked: families.iter().map(|tally| tally.asked).sum() };
+    let all =
+        Tally { right: families.iter().map(|tally| tally.right).sum(), asked: families.iter().map(|tally| tally.asked).sum() };
     Score { families, all }
 }
 

@@ -142,7 +142,11 @@ fn serve_arguments(arguments: impl Iterator<Item = OsString>) -> Vec<OsString> {
 fn reachable(listen: SocketAddr) -> SocketAddr {
     let mut address = listen;
     if listen.ip().is_unspecified() {
-        address.set_ip(if listen.is_ipv4() { std::net::Ipv4Addr::LOCALHOST.into() } else { std::net::Ipv6Addr::LOCALHOST.into() });
+        address.set_ip(if listen.is_ipv4() {
+            std::net::Ipv4Addr::LOCALHOST.into()
+        } else {
+            std::net::Ipv6Addr::LOCALHOST.into()
+        });
     }
     address
 }
@@ -153,7 +157,18 @@ mod tests {
 
     #[test]
     fn the_server_gets_the_flags_that_it_has() {
-        let given = ["--log", "warn", "demo", "--corpus", "a.txt", "--listen", "127.0.0.1:9000", "--instructions=b.json", "--data-dir", "demo"];
+        let given = [
+            "--log",
+            "warn",
+            "demo",
+            "--corpus",
+            "a.txt",
+            "--listen",
+            "127.0.0.1:9000",
+            "--instructions=b.json",
+            "--data-dir",
+            "demo",
+        ];
         let kept = serve_arguments(given.iter().map(OsString::from));
         assert_eq!(kept, ["--log", "warn", "serve", "--listen", "127.0.0.1:9000", "--data-dir", "demo"]);
     }

@@ -43,8 +43,11 @@ const PAGE: u64 = 100;
 pub async fn run(client: &Client) -> Result<Outcome, DemoError> {
     let families = families::load()?;
     let mut stage = Stage::begin("Datasets by rule");
-    let held_out = make(client, &mut stage, "/v1/datasets", &families::dataset("demo held out", &families, HELD_OUT_ROWS, 1, &[])).await?;
-    let train_set = make(client, &mut stage, "/v1/datasets", &families::dataset("demo train", &families, TRAIN_ROWS, 2, &[&held_out])).await?;
+    let held_out =
+        make(client, &mut stage, "/v1/datasets", &families::dataset("demo held out", &families, HELD_OUT_ROWS, 1, &[])).await?;
+    let train_set =
+        make(client, &mut stage, "/v1/datasets", &families::dataset("demo train", &families, TRAIN_ROWS, 2, &[&held_out]))
+            .await?;
     let questions = questions(client, &families, &held_out).await?;
     stage.finish(&format!("{TRAIN_ROWS} rows to learn from, {} held out, {} families", questions.len(), families.len()));
 
@@ -61,7 +64,8 @@ pub async fn run(client: &Client) -> Result<Outcome, DemoError> {
         async move { Ok(client.complete_line(model, &prompt, MAX_TOKENS).await?.trim().to_owned()) }
     })
     .await?;
-    let after = ask("Asking it tuned", &questions, |question| client.chat(&tuned.model, &question.instruction, MAX_TOKENS)).await?;
+    let after =
+        ask("Asking it tuned", &questions, |question| client.chat(&tuned.model, &question.instruction, MAX_TOKENS)).await?;
 
     let before = exact_match(families.len(), questions.iter().zip(before.iter().map(String::as_str)));
     let score = exact_match(families.len(), questions.iter().zip(after.iter().map(String::as_str)));
@@ -125,7 +129,8 @@ async fn questions(client: &Client, families: &[Family], dataset: &str) -> Resul
     loop {
         let last = page.data.last().map(|row| row.index);
         for turn in page.data.into_iter().flat_map(|row| row.turns) {
-            let family = families::recognise(families, &turn.instruction).ok_or_else(|| DemoError::UnknownFamily(turn.instruction.clone()))?;
+            let family = families::recognise(families, &turn.instruction)
+                .ok_or_else(|| DemoError::UnknownFamily(turn.instruction.clone()))?;
             questions.push(Question { family, instruction: turn.instruction, expected: turn.output });
         }
         let (true, Some(last)) = (page.has_more, last) else { return Ok(questions) };
@@ -134,7 +139,11 @@ async fn questions(client: &Client, families: &[Family], dataset: &str) -> Resul
 }
 
 /// The answers to all questions, in their order, [`CONCURRENCY`] at a time.
-async fn ask<'a, F>(title: &'static str, questions: &'a [Question], answer: impl Fn(&'a Question) -> F) -> Result<Vec<String>, DemoError>
+async fn ask<'a, F>(
+    title: &'static str,
+    questions: &'a [Question],
+    answer: impl Fn(&'a Question) -> F,
+) -> Result<Vec<String>, DemoError>
 where
     F: Future<Output = Result<String, ClientError>>,
 {
@@ -156,7 +165,13 @@ fn show_scores(families: &[Family], score: &Score, before: &Score, commonest: &S
         let percent = |score: &Score| format!("{:.1} %", score.families[index].percent());
         say(&format!("{:<18}{:>9}{:>10}{:>18}", family.name, percent(score), percent(before), percent(commonest)));
     }
-    say(&format!("{:<18}{:>9}{:>10}{:>18}", "in all", "", format!("{:.1} %", before.all.percent()), format!("{:.1} %", commonest.all.percent())));
+    say(&format!(
+        "{:<18}{:>9}{:>10}{:>18}",
+        "in all",
+        "",
+        format!("{:.1} %", before.all.percent()),
+        format!("{:.1} %", commonest.all.percent())
+    ));
     say(&format!("exact match {:.1} %", score.all.percent()));
 }
 
@@ -173,9 +188,11 @@ fn check(families: &[Family], score: &Score, before: &Score, commonest: &Score) 
     }
     let lowest = families.iter().zip(&score.families).min_by(|(_, a), (_, b)| a.percent().total_cmp(&b.percent()));
     match lowest {
-        Some((family, tally)) if tally.percent() < WANTED_OF_A_FAMILY => {
-            Err(DemoError::ScoreTooLow { of: format!("in the family “{}”", family.name), got: tally.percent(), wanted: WANTED_OF_A_FAMILY })
-        }
+        Some((family, tally)) if tally.percent() < WANTED_OF_A_FAMILY => Err(DemoError::ScoreTooLow {
+            of: format!("in the family “{}”", family.name),
+            got: tally.percent(),
+            wanted: WANTED_OF_A_FAMILY,
+        }),
         _ => Ok(()),
     }
 }

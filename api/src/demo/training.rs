@@ -30,7 +30,12 @@ pub async fn make(client: &Client, stage: &mut Stage, path: &str, body: &Value) 
     loop {
         match resource.state.as_str() {
             "ready" => return Ok(resource.id),
-            "failed" => return Err(DemoError::Failed { what: resource.id, message: resource.error.map(|error| error.message).unwrap_or_default() }),
+            "failed" => {
+                return Err(DemoError::Failed {
+                    what: resource.id,
+                    message: resource.error.map(|error| error.message).unwrap_or_default(),
+                });
+            }
             state => stage.progress(0, None, state),
         }
         tokio::time::sleep(PERIOD).await;
@@ -50,7 +55,10 @@ pub async fn train(client: &Client, title: &'static str, body: &Value) -> Result
         job = client.get(&path).await?;
     }
     let (Some(model), "succeeded") = (job.model, job.state.as_str()) else {
-        return Err(DemoError::Failed { what: job.id, message: job.error.map_or_else(|| format!("it was {}", job.state), |error| error.message) });
+        return Err(DemoError::Failed {
+            what: job.id,
+            message: job.error.map_or_else(|| format!("it was {}", job.state), |error| error.message),
+        });
     };
     let metrics: List<Metric> = client.get(&format!("{path}/metrics")).await?;
     let steps = metrics.data.last().map_or(0, |row| row.step);

@@ -46,9 +46,17 @@ pub enum Piece {
     /// The prompt's tokens with their log probabilities, first.
     Scored(Vec<TokenLogprob>),
     /// Text that no stop string can take back, with the tokens that made it since the last piece.
-    Text { text: String, tokens: Vec<TokenLogprob> },
-    Finished { reason: FinishReason, completion_tokens: usize },
-    Failed { message: String },
+    Text {
+        text: String,
+        tokens: Vec<TokenLogprob>,
+    },
+    Finished {
+        reason: FinishReason,
+        completion_tokens: usize,
+    },
+    Failed {
+        message: String,
+    },
 }
 
 /// One sequence under way.
@@ -62,7 +70,12 @@ pub struct Choice {
 ///
 /// # Errors
 /// 400 for a prompt that does not fit the context, 429 and 503 as the engine and the runners stand.
-pub async fn start(state: &AppState, model: &Arc<Model>, prompts: &[Prompt], settings: &Settings) -> Result<Vec<Choice>, ApiError> {
+pub async fn start(
+    state: &AppState,
+    model: &Arc<Model>,
+    prompts: &[Prompt],
+    settings: &Settings,
+) -> Result<Vec<Choice>, ApiError> {
     for prompt in prompts {
         fits(model, prompt, settings)?;
     }
@@ -111,7 +124,11 @@ fn fits(model: &Model, prompt: &Prompt, settings: &Settings) -> Result<(), ApiEr
 
 /// Engine events → text pieces. Ends after the first `Finished` or `Failed`, which also cancels a
 /// sequence that met a stop string.
-fn pieces(tokenizer: Arc<Tokenizer>, stop: Vec<String>, events: impl Stream<Item = EngineEvent> + Send) -> impl Stream<Item = Piece> + Send {
+fn pieces(
+    tokenizer: Arc<Tokenizer>,
+    stop: Vec<String>,
+    events: impl Stream<Item = EngineEvent> + Send,
+) -> impl Stream<Item = Piece> + Send {
     struct Growth<S> {
         events: Pin<Box<S>>,
         text: Text,
@@ -156,7 +173,13 @@ struct Text {
 
 impl Text {
     fn new(tokenizer: Arc<Tokenizer>, stop: Vec<String>) -> Text {
-        Text { tokenizer, detokenizer: Detokenizer::default(), stop: StopStrings::new(stop), held: Vec::new(), completion_tokens: 0 }
+        Text {
+            tokenizer,
+            detokenizer: Detokenizer::default(),
+            stop: StopStrings::new(stop),
+            held: Vec::new(),
+            completion_tokens: 0,
+        }
     }
 
     /// The pieces that the token releases, and whether a stop string ended the choice.

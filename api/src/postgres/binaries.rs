@@ -7,7 +7,10 @@ use std::{
     process::Command,
 };
 
-use super::{PostgresError, doing, home::{Home, LIBRARY}};
+use super::{
+    PostgresError, doing,
+    home::{Home, LIBRARY},
+};
 
 /// The oldest major version that Lathe works with.
 const OLDEST: u32 = 15;
@@ -25,7 +28,8 @@ impl Binaries {
     /// The version that made the cluster where there is one, else the first that is new enough; copied
     /// to where the cluster's user can reach it, if need be.
     pub fn find(made_by: Option<u32>, home: &Home) -> Result<Binaries, PostgresError> {
-        let found: Vec<(PathBuf, u32)> = candidates().into_iter().filter_map(|folder| Some((folder.clone(), version(&folder)?))).collect();
+        let found: Vec<(PathBuf, u32)> =
+            candidates().into_iter().filter_map(|folder| Some((folder.clone(), version(&folder)?))).collect();
         let usable = found.iter().find(|(_, major)| made_by.map_or(*major >= OLDEST, |made_by| *major == made_by));
         let (folder, major) = match (usable, made_by) {
             (Some(usable), _) => usable,
@@ -58,7 +62,8 @@ fn candidates() -> Vec<PathBuf> {
             folders.extend(program.parent().map(Path::to_owned));
         }
     }
-    let mut packaged: Vec<PathBuf> = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    let mut packaged: Vec<PathBuf> =
+        fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten().map(|entry| entry.path()).collect();
     packaged.sort_by_key(|folder| std::cmp::Reverse(folder.file_name().and_then(|name| name.to_str()?.parse::<u32>().ok())));
     folders.extend(packaged.into_iter().map(|folder| folder.join("bin")));
     folders.push(cache().join(CACHED).join("bin"));

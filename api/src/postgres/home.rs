@@ -158,7 +158,8 @@ fn choose(data: &Path, user: Option<&User>) -> PathBuf {
     let inside = data.join("postgres");
     match user {
         Some(user) if !user.reaches(&inside) => {
-            let folder = Path::new(LIBRARY).join(hex::encode(&Sha256::digest(format!("{}\0{}", data.display(), lathe_jobs::ids::secret()))[..8]));
+            let folder = Path::new(LIBRARY)
+                .join(hex::encode(&Sha256::digest(format!("{}\0{}", data.display(), lathe_jobs::ids::secret()))[..8]));
             tracing::info!(user = user.name, folder = %folder.display(), "PostgreSQL does not run as root, and its user cannot reach the data directory: the database is kept here");
             folder
         }
@@ -173,8 +174,12 @@ fn socket_folder(folder: &Path) -> PathBuf {
         return inside;
     }
     let name = format!("lathe-{}-{}", geteuid(), hex::encode(&Sha256::digest(folder.as_os_str().as_encoded_bytes())[..6]));
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|value| !value.is_empty() && !geteuid().is_root()).map(|value| PathBuf::from(value).join(&name));
-    runtime.filter(|path| path.as_os_str().len() + 1 + SOCKET.len() <= SOCKET_PATH_LIMIT).unwrap_or_else(|| Path::new("/tmp").join(name))
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR")
+        .filter(|value| !value.is_empty() && !geteuid().is_root())
+        .map(|value| PathBuf::from(value).join(&name));
+    runtime
+        .filter(|path| path.as_os_str().len() + 1 + SOCKET.len() <= SOCKET_PATH_LIMIT)
+        .unwrap_or_else(|| Path::new("/tmp").join(name))
 }
 
 /// A folder that `user`, or else this process's own user, has to itself.

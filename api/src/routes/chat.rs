@@ -13,7 +13,10 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::generation_common::{SamplingFields, StopStrings, StreamOptions, Usage, check_stream_options, finish_name, stop_strings, stream_when_started, unix_now};
+use super::generation_common::{
+    SamplingFields, StopStrings, StreamOptions, Usage, check_stream_options, finish_name, stop_strings, stream_when_started,
+    unix_now,
+};
 use crate::{
     auth::Project,
     generation::{self, Choice, Piece, Prompt, Settings, models::Model, wire::TokenLogprob},
@@ -215,12 +218,21 @@ pub struct ChatDelta {
         (status = 503, description = "The model is loading"),
     )
 )]
-async fn create_chat_completion(State(state): State<AppState>, project: Project, Body(mut request): Body<CreateChatCompletion>) -> Result<Response, ApiError> {
+async fn create_chat_completion(
+    State(state): State<AppState>,
+    project: Project,
+    Body(mut request): Body<CreateChatCompletion>,
+) -> Result<Response, ApiError> {
     let settings = settings(&mut request)?;
     let turns = conversation(&request.messages)?;
     let model = generation::models::ready_model(&state, &project.project_id, &request.model).await?;
     let prompt = prompt(&model, turns).await?;
-    let answer = Answer { id: lathe_jobs::ids::new_dashed("chatcmpl"), created: unix_now(), model: model.clone(), logprobs: request.logprobs.unwrap_or(false) };
+    let answer = Answer {
+        id: lathe_jobs::ids::new_dashed("chatcmpl"),
+        created: unix_now(),
+        model: model.clone(),
+        logprobs: request.logprobs.unwrap_or(false),
+    };
     let started = async move { generation::start(&state, &model, &[prompt], &settings).await };
     if request.stream.unwrap_or(false) {
         let usage = request.stream_options.is_some_and(|options| options.include_usage);
@@ -259,7 +271,8 @@ struct Conversation {
 
 /// Messages → turns. Neighbours of one role are joined by a line break; system texts come first; the last message is the user's.
 fn conversation(messages: &[Message]) -> Result<Conversation, ApiError> {
-    let refuse = |index: usize, message: &str| Err(ApiError::unprocessable("messages_order", format!("messages[{index}]"), message));
+    let refuse =
+        |index: usize, message: &str| Err(ApiError::unprocessable("messages_order", format!("messages[{index}]"), message));
     let mut system: Vec<String> = Vec::new();
     let mut history: Vec<Turn> = Vec::new();
     let mut open: Vec<String> = Vec::new();
@@ -276,7 +289,9 @@ fn conversation(messages: &[Message]) -> Result<Conversation, ApiError> {
                 Some(turn) => turn.output = format!("{}\n{text}", turn.output),
                 None => return refuse(index, "An assistant message must follow a user message."),
             },
-            MessageRole::Assistant if open.is_empty() => return refuse(index, "An assistant message must follow a user message."),
+            MessageRole::Assistant if open.is_empty() => {
+                return refuse(index, "An assistant message must follow a user message.");
+            }
             MessageRole::Assistant => {
                 history.push(Turn { instruction: open.join("\n"), input: String::new(), output: text });
                 open.clear();
@@ -293,7 +308,10 @@ fn conversation(messages: &[Message]) -> Result<Conversation, ApiError> {
 
 async fn prompt(model: &Arc<Model>, turns: Conversation) -> Result<Prompt, ApiError> {
     if model.template.is_none() {
-        let message = format!("The model '{}' was not trained with a chat template: use /v1/completions, or tune it to instructions first.", model.id);
+        let message = format!(
+            "The model '{}' was not trained with a chat template: use /v1/completions, or tune it to instructions first.",
+            model.id
+        );
         return Err(ApiError::bad_request("model", message).with_code("no_chat_template"));
     }
     let model = model.clone();
@@ -331,7 +349,13 @@ impl Answer {
                         usage.completion_tokens += completion_tokens;
                         finish_reason = finish_name(reason);
                     }
-                    Piece::Failed { message } => return Err(ApiError::unavailable("engine_error", 2, format!("The answer could not be finished: {message}"))),
+                    Piece::Failed { message } => {
+                        return Err(ApiError::unavailable(
+                            "engine_error",
+                            2,
+                            format!("The answer could not be finished: {message}"),
+                        ));
+                    }
                 }
             }
             answers.push(ChatChoice {
@@ -342,14 +366,27 @@ impl Answer {
             });
         }
         usage.total_tokens = usage.prompt_tokens + usage.completion_tokens;
-        Ok(ChatCompletion { id: self.id, object: "chat.completion", created: self.created, model: self.model.id.clone(), choices: answers, usage })
+        Ok(ChatCompletion {
+            id: self.id,
+            object: "chat.completion",
+            created: self.created,
+            model: self.model.id.clone(),
+            choices: answers,
+            usage,
+        })
     }
 
     /// Chunks as JSON texts, choices interleaved as they grow.
-    fn chunks(self, choices: Vec<Choice>, include_usage: bool) -> impl Stream<Item = Result<serde_json::Value, ApiError>> + Send + 'static {
+    fn chunks(
+        self,
+        choices: Vec<Choice>,
+        include_usage: bool,
+    ) -> impl Stream<Item = Result<serde_json::Value, ApiError>> + Send + 'static {
         let prompt_tokens = choices.first().map_or(0, |choice| choice.prompt_tokens);
         let openings: Vec<_> = choices.iter().map(|choice| (choice.index, None)).collect();
-        let growth = futures_util::stream::select_all(choices.into_iter().map(|choice| choice.pieces.map(move |piece| (choice.index, Some(piece))).boxed()));
+        let growth = futures_util::stream::select_all(
+            choices.into_iter().map(|choice| choice.pieces.map(move |piece| (choice.index, Some(piece))).boxed()),
+        );
         let mut completion = 0;
         let usage_slot = include_usage.then_some(None);
         let end = futures_util::stream::once(async { (usize::MAX, None) });
@@ -366,11 +403,19 @@ impl Answer {
                 Some(Piece::Scored(_)) => None,
                 Some(Piece::Text { text, tokens }) => {
                     let delta = ChatDelta { role: None, content: Some(text) };
-                    Some(self.chunk(vec![ChatChunkChoice { index, delta, logprobs: self.logprobs(&tokens), finish_reason: None }], usage_slot))
+                    Some(self.chunk(
+                        vec![ChatChunkChoice { index, delta, logprobs: self.logprobs(&tokens), finish_reason: None }],
+                        usage_slot,
+                    ))
                 }
                 Some(Piece::Finished { reason, completion_tokens }) => {
                     completion += completion_tokens;
-                    let choice = ChatChunkChoice { index, delta: ChatDelta::default(), logprobs: None, finish_reason: Some(finish_name(reason)) };
+                    let choice = ChatChunkChoice {
+                        index,
+                        delta: ChatDelta::default(),
+                        logprobs: None,
+                        finish_reason: Some(finish_name(reason)),
+                    };
                     Some(self.chunk(vec![choice], usage_slot))
                 }
                 Some(Piece::Failed { message }) => Some(Err(ApiError::unavailable("engine_error", 2, message))),
@@ -380,7 +425,14 @@ impl Answer {
     }
 
     fn chunk(&self, choices: Vec<ChatChunkChoice>, usage: Option<Option<Usage>>) -> Result<serde_json::Value, ApiError> {
-        let chunk = ChatCompletionChunk { id: self.id.clone(), object: "chat.completion.chunk", created: self.created, model: self.model.id.clone(), choices, usage };
+        let chunk = ChatCompletionChunk {
+            id: self.id.clone(),
+            object: "chat.completion.chunk",
+            created: self.created,
+            model: self.model.id.clone(),
+            choices,
+            usage,
+        };
         serde_json::to_value(chunk).map_err(ApiError::internal)
     }
 
@@ -406,13 +458,17 @@ mod tests {
     use super::*;
 
     fn messages(texts: &[(MessageRole, &str)]) -> Vec<Message> {
-        texts.iter().map(|(role, text)| Message { role: *role, content: MessageContent::Text((*text).into()), name: None }).collect()
+        texts
+            .iter()
+            .map(|(role, text)| Message { role: *role, content: MessageContent::Text((*text).into()), name: None })
+            .collect()
     }
 
     #[test]
     fn turns_follow_the_messages() {
         use MessageRole::*;
-        let turns = conversation(&messages(&[(System, "s"), (User, "a"), (User, "b"), (Assistant, "c"), (User, "d")])).ok().unwrap();
+        let turns =
+            conversation(&messages(&[(System, "s"), (User, "a"), (User, "b"), (Assistant, "c"), (User, "d")])).ok().unwrap();
         assert_eq!(turns.system.as_deref(), Some("s"));
         assert_eq!(turns.history, [Turn { instruction: "a\nb".into(), input: String::new(), output: "c".into() }]);
         assert_eq!(turns.instruction, "d");

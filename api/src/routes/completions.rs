@@ -12,7 +12,10 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::generation_common::{SamplingFields, StopStrings, StreamOptions, Usage, check_stream_options, finish_name, stop_strings, stream_when_started, unix_now};
+use super::generation_common::{
+    SamplingFields, StopStrings, StreamOptions, Usage, check_stream_options, finish_name, stop_strings, stream_when_started,
+    unix_now,
+};
 use crate::{
     auth::Project,
     generation::{self, Choice, Piece, Prompt, Settings, models::Model, wire::TokenLogprob},
@@ -132,7 +135,11 @@ pub struct CompletionLogprobs {
         (status = 503, description = "The model is loading"),
     )
 )]
-async fn create_completion(State(state): State<AppState>, project: Project, Body(mut request): Body<CreateCompletion>) -> Result<Response, ApiError> {
+async fn create_completion(
+    State(state): State<AppState>,
+    project: Project,
+    Body(mut request): Body<CreateCompletion>,
+) -> Result<Response, ApiError> {
     let settings = settings(&mut request)?;
     let model = generation::models::ready_model(&state, &project.project_id, &request.model).await?;
     let echo = request.echo.unwrap_or(false);
@@ -159,7 +166,11 @@ async fn create_completion(State(state): State<AppState>, project: Project, Body
 fn settings(request: &mut CreateCompletion) -> Result<Settings, ApiError> {
     check_stream_options(request.stream, request.stream_options)?;
     if request.max_tokens == Some(0) && request.echo != Some(true) {
-        return Err(ApiError::unprocessable("contradiction", "max_tokens", "`max_tokens: 0` needs `echo: true`: nothing would be answered."));
+        return Err(ApiError::unprocessable(
+            "contradiction",
+            "max_tokens",
+            "`max_tokens: 0` needs `echo: true`: nothing would be answered.",
+        ));
     }
     let fields = SamplingFields {
         temperature: request.temperature,
@@ -219,16 +230,33 @@ impl Answer {
                         completion += completion_tokens;
                         finish_reason = Some(finish_name(reason));
                     }
-                    Piece::Failed { message } => return Err(ApiError::unavailable("engine_error", 2, format!("The answer could not be finished: {message}"))),
+                    Piece::Failed { message } => {
+                        return Err(ApiError::unavailable(
+                            "engine_error",
+                            2,
+                            format!("The answer could not be finished: {message}"),
+                        ));
+                    }
                 }
             }
             answers.push(CompletionChoice { index: choice.index, text, logprobs: self.logprobs(&tokens, &mut 0), finish_reason });
         }
         let usage = self.usage(completion);
-        Ok(Completion { id: self.id, object: "text_completion", created: self.created, model: self.model.id.clone(), choices: answers, usage: Some(Some(usage)) })
+        Ok(Completion {
+            id: self.id,
+            object: "text_completion",
+            created: self.created,
+            model: self.model.id.clone(),
+            choices: answers,
+            usage: Some(Some(usage)),
+        })
     }
 
-    fn chunks(self, choices: Vec<Choice>, include_usage: bool) -> impl Stream<Item = Result<serde_json::Value, ApiError>> + Send + 'static {
+    fn chunks(
+        self,
+        choices: Vec<Choice>,
+        include_usage: bool,
+    ) -> impl Stream<Item = Result<serde_json::Value, ApiError>> + Send + 'static {
         let count = choices.len();
         let openings: Vec<_> = (0..count).map(|index| Some((index, None))).collect();
         let growth = futures_util::stream::select_all(
@@ -242,7 +270,9 @@ impl Answer {
             let choice = |index, text, logprobs, finish_reason| vec![CompletionChoice { index, text, logprobs, finish_reason }];
             let chunk = match step {
                 None => include_usage.then(|| self.chunk(Vec::new(), Some(Some(self.usage(completion))))),
-                Some((index, None)) => self.echoed.get(index / self.n).map(|text| self.chunk(choice(index, text.clone(), None, None), usage_slot)),
+                Some((index, None)) => {
+                    self.echoed.get(index / self.n).map(|text| self.chunk(choice(index, text.clone(), None, None), usage_slot))
+                }
                 Some((index, Some(piece))) => match piece {
                     Piece::Scored(tokens) => {
                         let logprobs = self.logprobs(&tokens, &mut offsets[index]);
@@ -268,7 +298,14 @@ impl Answer {
     }
 
     fn chunk(&self, choices: Vec<CompletionChoice>, usage: Option<Option<Usage>>) -> Result<serde_json::Value, ApiError> {
-        let chunk = Completion { id: self.id.clone(), object: "text_completion", created: self.created, model: self.model.id.clone(), choices, usage };
+        let chunk = Completion {
+            id: self.id.clone(),
+            object: "text_completion",
+            created: self.created,
+            model: self.model.id.clone(),
+            choices,
+            usage,
+        };
         serde_json::to_value(chunk).map_err(ApiError::internal)
     }
 

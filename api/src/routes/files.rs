@@ -270,7 +270,8 @@ async fn register(db: &PgPool, file: NewFile<'_>, retried: bool) -> Result<FileR
 }
 
 fn is_retry(headers: &HeaderMap) -> bool {
-    let count = headers.get("x-stainless-retry-count").and_then(|count| count.to_str().ok()).and_then(|count| count.parse::<u32>().ok());
+    let count =
+        headers.get("x-stainless-retry-count").and_then(|count| count.to_str().ok()).and_then(|count| count.parse::<u32>().ok());
     count.is_some_and(|count| count > 0)
 }
 
@@ -281,7 +282,9 @@ fn form_value(texts: std::collections::BTreeMap<String, String>) -> Result<Value
     for (name, text) in texts {
         match name.as_str() {
             "expires_after[anchor]" => drop(expiry.insert("anchor".to_owned(), text.into())),
-            "expires_after[seconds]" => drop(expiry.insert("seconds".to_owned(), text.parse::<i64>().map_or_else(|_| text.into(), Value::from))),
+            "expires_after[seconds]" => {
+                drop(expiry.insert("seconds".to_owned(), text.parse::<i64>().map_or_else(|_| text.into(), Value::from)))
+            }
             "metadata" => {
                 let metadata = parse::json(text.as_bytes()).map_err(|error| error.with_param("metadata"))?;
                 object.insert(name, metadata);
@@ -311,12 +314,17 @@ pub struct ListFiles {
 
 /// List files
 #[utoipa::path(get, path = "/v1/files", operation_id = "list_files", tag = "files", params(ListFiles), responses((status = 200, description = "A page", body = List<FileObject>)))]
-async fn list_files(State(state): State<AppState>, caller: Project, Query(query): Query<ListFiles>) -> Result<Json<List<FileObject>>, ApiError> {
+async fn list_files(
+    State(state): State<AppState>,
+    caller: Project,
+    Query(query): Query<ListFiles>,
+) -> Result<Json<List<FileObject>>, ApiError> {
     let mut page = Page::first(query.limit.unwrap_or(10_000), query.order);
     if let Some(id) = query.after {
-        let created_at = sqlx::query_scalar!("SELECT created_at FROM files WHERE id = $1 AND project_id = $2", id, caller.project_id)
-            .fetch_optional(&state.db)
-            .await?;
+        let created_at =
+            sqlx::query_scalar!("SELECT created_at FROM files WHERE id = $1 AND project_id = $2", id, caller.project_id)
+                .fetch_optional(&state.db)
+                .await?;
         page = page.after(id, created_at)?;
     }
     let rows = sqlx::query_as!(
@@ -372,13 +380,21 @@ pub struct DeletedFile {
     delete, path = "/v1/files/{file_id}", operation_id = "delete_file", tag = "files", params(("file_id" = String, Path)),
     responses((status = 200, description = "Deleted", body = DeletedFile), (status = 409, description = "Something unfinished needs it; the message names what"))
 )]
-async fn delete_file(State(state): State<AppState>, caller: Project, Path(id): Path<String>) -> Result<Json<DeletedFile>, ApiError> {
+async fn delete_file(
+    State(state): State<AppState>,
+    caller: Project,
+    Path(id): Path<String>,
+) -> Result<Json<DeletedFile>, ApiError> {
     let mut transaction = state.db.begin().await?;
     // The lock waits for, and then shuts out, whoever is about to refer to the file.
-    let artifact = sqlx::query_scalar!("SELECT artifact FROM files WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR UPDATE", id, caller.project_id)
-        .fetch_optional(&mut *transaction)
-        .await?
-        .ok_or_else(|| ApiError::not_found("file", &id))?;
+    let artifact = sqlx::query_scalar!(
+        "SELECT artifact FROM files WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR UPDATE",
+        id,
+        caller.project_id
+    )
+    .fetch_optional(&mut *transaction)
+    .await?
+    .ok_or_else(|| ApiError::not_found("file", &id))?;
     let users = sqlx::query_scalar!(
         r#"SELECT d.id AS "id!" FROM datasets d JOIN dataset_files f ON f.dataset_id = d.id
            WHERE f.file_id = $1 AND d.state IN ('queued', 'running') AND d.deleted_at IS NULL
@@ -390,7 +406,8 @@ async fn delete_file(State(state): State<AppState>, caller: Project, Path(id): P
     .fetch_all(&mut *transaction)
     .await?;
     if !users.is_empty() {
-        return Err(ApiError::conflict(format!("The file `{id}` is needed by {} until they are finished.", users.join(", "))).with_code("in_use"));
+        return Err(ApiError::conflict(format!("The file `{id}` is needed by {} until they are finished.", users.join(", ")))
+            .with_code("in_use"));
     }
     sqlx::query!("UPDATE files SET deleted_at = now() WHERE id = $1", id).execute(&mut *transaction).await?;
     transaction.commit().await?;

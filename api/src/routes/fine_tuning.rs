@@ -14,7 +14,10 @@ use lathe_model::config::{Method, Schedule, Template, TrainConfig, Validation};
 use sqlx::{Connection, PgConnection};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use self::shapes::{FineTuningCheckpointObject, CreateFineTuningJob, FineTuningEventObject, FineTuningJobObject, FineTuningHyperparameters, ListEvents, ListCheckpoints, ListFineTuningJobs};
+use self::shapes::{
+    CreateFineTuningJob, FineTuningCheckpointObject, FineTuningEventObject, FineTuningHyperparameters, FineTuningJobObject,
+    ListCheckpoints, ListEvents, ListFineTuningJobs,
+};
 use super::training::{self, JobRow, control::Action, create, select_jobs};
 use crate::{
     auth::Project,
@@ -77,9 +80,9 @@ async fn create_fine_tuning_job(
         after: Vec::new(),
         metadata: body.metadata.map_or_else(BTreeMap::new, |metadata| metadata.0),
     };
-    let id = create::insert(&mut tx, &project.project_id, request, stored, body.suffix.as_deref())
-        .await
-        .map_err(|error| if error.body.error.param.as_deref() == Some("base_model") { error.with_param("model") } else { error })?;
+    let id = create::insert(&mut tx, &project.project_id, request, stored, body.suffix.as_deref()).await.map_err(|error| {
+        if error.body.error.param.as_deref() == Some("base_model") { error.with_param("model") } else { error }
+    })?;
     let row = find(&mut tx, &project.project_id, &id).await?;
     tx.commit().await?;
     Ok(Json(FineTuningJobObject::new(row, &project.project_id)))
@@ -100,7 +103,12 @@ async fn insert_dataset(conn: &mut PgConnection, project: &Project, file: &str, 
 }
 
 /// What the native route would train with, for these hyperparameters.
-fn train_config(hyperparameters: &FineTuningHyperparameters, method: &Method, seed: Option<u64>, validated: bool) -> Result<TrainConfig, ApiError> {
+fn train_config(
+    hyperparameters: &FineTuningHyperparameters,
+    method: &Method,
+    seed: Option<u64>,
+    validated: bool,
+) -> Result<TrainConfig, ApiError> {
     let native = HyperparametersBody {
         epochs: hyperparameters.n_epochs.as_ref().and_then(|epochs| epochs.number()).map(|epochs| epochs as f64),
         batch_size: hyperparameters.batch_size.as_ref().and_then(|size| size.number()),
@@ -158,7 +166,11 @@ async fn list_fine_tuning_jobs(
     get, path = "/v1/fine_tuning/jobs/{job_id}", operation_id = "get_fine_tuning_job", tag = "fine-tuning", params(("job_id" = String, Path)),
     responses((status = 200, description = "The job", body = FineTuningJobObject))
 )]
-async fn get_fine_tuning_job(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<FineTuningJobObject>, ApiError> {
+async fn get_fine_tuning_job(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+) -> Result<Json<FineTuningJobObject>, ApiError> {
     let mut conn = state.db.acquire().await?;
     Ok(Json(FineTuningJobObject::new(find(&mut conn, &project.project_id, &id).await?, &project.project_id)))
 }
@@ -175,7 +187,11 @@ async fn act(state: &AppState, project: &Project, id: &str, action: Action) -> R
     post, path = "/v1/fine_tuning/jobs/{job_id}/cancel", operation_id = "cancel_fine_tuning_job", tag = "fine-tuning", params(("job_id" = String, Path)),
     responses((status = 200, description = "The job", body = FineTuningJobObject), (status = 409, description = "It has ended"))
 )]
-async fn cancel_fine_tuning_job(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<FineTuningJobObject>, ApiError> {
+async fn cancel_fine_tuning_job(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+) -> Result<Json<FineTuningJobObject>, ApiError> {
     act(&state, &project, &id, Action::Cancel).await
 }
 
@@ -186,7 +202,11 @@ async fn cancel_fine_tuning_job(State(state): State<AppState>, project: Project,
     post, path = "/v1/fine_tuning/jobs/{job_id}/pause", operation_id = "pause_fine_tuning_job", tag = "fine-tuning", params(("job_id" = String, Path)),
     responses((status = 200, description = "The job", body = FineTuningJobObject), (status = 409, description = "It has ended or is being cancelled"))
 )]
-async fn pause_fine_tuning_job(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<FineTuningJobObject>, ApiError> {
+async fn pause_fine_tuning_job(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+) -> Result<Json<FineTuningJobObject>, ApiError> {
     act(&state, &project, &id, Action::Pause).await
 }
 
@@ -195,7 +215,11 @@ async fn pause_fine_tuning_job(State(state): State<AppState>, project: Project, 
     post, path = "/v1/fine_tuning/jobs/{job_id}/resume", operation_id = "resume_fine_tuning_job", tag = "fine-tuning", params(("job_id" = String, Path)),
     responses((status = 200, description = "The job", body = FineTuningJobObject), (status = 409, description = "It has ended or is still stopping"))
 )]
-async fn resume_fine_tuning_job(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<FineTuningJobObject>, ApiError> {
+async fn resume_fine_tuning_job(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+) -> Result<Json<FineTuningJobObject>, ApiError> {
     act(&state, &project, &id, Action::Resume).await
 }
 
@@ -215,7 +239,8 @@ async fn list_fine_tuning_events(
     let mut conn = state.db.acquire().await?;
     find(&mut conn, &project.project_id, &id).await?;
     let before = match &query.after {
-        Some(after) => shapes::event_number(after).ok_or_else(|| ApiError::bad_request("after", format!("There is no event `{after}` to go on after.")))?,
+        Some(after) => shapes::event_number(after)
+            .ok_or_else(|| ApiError::bad_request("after", format!("There is no event `{after}` to go on after.")))?,
         None => i64::MAX,
     };
     let page = Page::first(query.limit.unwrap_or(20), None);
@@ -249,7 +274,9 @@ async fn list_fine_tuning_checkpoints(
     let job = find(&mut conn, &project.project_id, &id).await?;
     let mut page = Page::first(query.limit.unwrap_or(10), None);
     if let Some(after) = query.after {
-        let created_at = sqlx::query_scalar!("SELECT created_at FROM checkpoints WHERE id = $1 AND job_id = $2", after, id).fetch_optional(&mut *conn).await?;
+        let created_at = sqlx::query_scalar!("SELECT created_at FROM checkpoints WHERE id = $1 AND job_id = $2", after, id)
+            .fetch_optional(&mut *conn)
+            .await?;
         page = page.after(after, created_at)?;
     }
     let rows = sqlx::query_as!(
@@ -264,5 +291,9 @@ async fn list_fine_tuning_checkpoints(
     .fetch_all(&mut *conn)
     .await?;
     let model = job.model_id.unwrap_or_default();
-    Ok(Json(List::of(rows.into_iter().map(|row| FineTuningCheckpointObject::new(&id, &model, row)).collect(), &page, |checkpoint| &checkpoint.id)))
+    Ok(Json(List::of(
+        rows.into_iter().map(|row| FineTuningCheckpointObject::new(&id, &model, row)).collect(),
+        &page,
+        |checkpoint| &checkpoint.id,
+    )))
 }

@@ -11,7 +11,10 @@ use lathe_model::config::Sampling;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{generation::{Choice, wire::FinishReason}, problem::ApiError};
+use crate::{
+    generation::{Choice, wire::FinishReason},
+    problem::ApiError,
+};
 
 /// A string or up to four; the answer ends before the first that appears.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -125,9 +128,11 @@ where
     let mut started = Box::pin(started);
     match tokio::time::timeout(PLAIN_REFUSAL, &mut started).await {
         Ok(choices) => Ok(sse(chunks(choices?))),
-        Err(_) => Ok(sse(futures_util::stream::once(started.map_ok(chunks)).map(|started| match started {
-            Ok(chunks) => chunks.left_stream(),
-            Err(error) => futures_util::stream::iter([Err(error)]).right_stream(),
-        }).flatten())),
+        Err(_) => Ok(sse(futures_util::stream::once(started.map_ok(chunks))
+            .map(|started| match started {
+                Ok(chunks) => chunks.left_stream(),
+                Err(error) => futures_util::stream::iter([Err(error)]).right_stream(),
+            })
+            .flatten())),
     }
 }

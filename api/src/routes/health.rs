@@ -47,7 +47,8 @@ pub struct Check {
     responses((status = 200, description = "Ready", body = Readiness), (status = 503, description = "Not ready; `checks` says why", body = Readiness))
 )]
 async fn get_readiness(State(state): State<AppState>) -> (StatusCode, Json<Readiness>) {
-    let checks = vec![check_database(&state).await, check_migrations(&state).await, check_disk(&state).await, check_runners(&state).await];
+    let checks =
+        vec![check_database(&state).await, check_migrations(&state).await, check_disk(&state).await, check_runners(&state).await];
     let ready = checks.iter().all(|check| check.ok);
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, Json(Readiness { ready, checks }))
@@ -65,12 +66,17 @@ async fn check_database(state: &AppState) -> Check {
 /// The newest migration in the database must be the newest one that this binary knows.
 async fn check_migrations(state: &AppState) -> Check {
     let known = crate::MIGRATOR.iter().map(|migration| migration.version).max();
-    let applied: Result<Option<i64>, _> = sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success").fetch_one(&state.db).await;
+    let applied: Result<Option<i64>, _> =
+        sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success").fetch_one(&state.db).await;
     let (ok, detail) = match applied {
         Ok(applied) if applied == known => (true, format!("at {}", known.unwrap_or_default())),
         Ok(applied) => (
             false,
-            format!("the database is at {} and this binary at {}; run `lathe migrate` of the newer one", applied.unwrap_or_default(), known.unwrap_or_default()),
+            format!(
+                "the database is at {} and this binary at {}; run `lathe migrate` of the newer one",
+                applied.unwrap_or_default(),
+                known.unwrap_or_default()
+            ),
         ),
         Err(_) => (false, "the database's migrations cannot be read".to_owned()),
     };
@@ -91,7 +97,9 @@ async fn check_disk(state: &AppState) -> Check {
 }
 
 async fn check_runners(state: &AppState) -> Check {
-    let live = sqlx::query_scalar!(r#"SELECT count(*) AS "count!" FROM runners WHERE stopped_at IS NULL AND expires_at > now()"#).fetch_one(&state.db).await;
+    let live = sqlx::query_scalar!(r#"SELECT count(*) AS "count!" FROM runners WHERE stopped_at IS NULL AND expires_at > now()"#)
+        .fetch_one(&state.db)
+        .await;
     let (ok, detail) = match live {
         Ok(0) => (false, "no runner is there, so jobs wait; start `lathe runner`".to_owned()),
         Ok(live) => (true, format!("{live} there")),

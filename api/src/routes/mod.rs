@@ -12,8 +12,8 @@ pub mod projects;
 pub mod prometheus;
 pub mod runners;
 pub mod tokenizers;
-pub mod uploads;
 pub mod training;
+pub mod uploads;
 
 use axum::middleware;
 use utoipa_axum::router::OpenApiRouter;

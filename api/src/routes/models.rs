@@ -1,21 +1,13 @@
 //! `/v1/models`: the registry, in OpenAI's shape with Lathe's lineage beside it.
 
-use axum::{
-    Json,
-    extract::State,
-};
+use axum::{Json, extract::State};
 use serde::Serialize;
 use serde_json::Value;
 use sqlx::PgPool;
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use crate::{
-    auth::Project,
-    parse::Path,
-    problem::ApiError,
-    state::AppState,
-};
+use crate::{auth::Project, parse::Path, problem::ApiError, state::AppState};
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(list_models)).routes(routes!(get_model, delete_model))
@@ -155,7 +147,11 @@ async fn list_models(State(state): State<AppState>, project: Project) -> Result<
     params(("model" = String, Path, description = "The model's id")),
     responses((status = 200, body = ModelObject), (status = 404, description = "No such model"))
 )]
-async fn get_model(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<ModelObject>, ApiError> {
+async fn get_model(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+) -> Result<Json<ModelObject>, ApiError> {
     let row = rows(&state.db, &project.project_id, Some(&id)).await?.pop();
     row.map(|row| Json(row.into())).ok_or_else(|| ApiError::not_found("model", &id).with_code("model_not_found"))
 }
@@ -172,7 +168,11 @@ async fn get_model(State(state): State<AppState>, project: Project, Path(id): Pa
         (status = 409, description = "Something unfinished needs it; the message names what"),
     )
 )]
-async fn delete_model(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<ModelDeleted>, ApiError> {
+async fn delete_model(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+) -> Result<Json<ModelDeleted>, ApiError> {
     let mut transaction = state.db.begin().await?;
     let row = sqlx::query!(
         "SELECT artifact FROM models WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR UPDATE",
@@ -205,7 +205,10 @@ async fn delete_model(State(state): State<AppState>, project: Project, Path(id):
     transaction.commit().await?;
     if let Some(artifact) = row.artifact {
         let artifacts = state.artifacts.clone();
-        tokio::task::spawn_blocking(move || artifacts.remove(&artifact)).await.map_err(ApiError::internal)?.map_err(ApiError::internal)?;
+        tokio::task::spawn_blocking(move || artifacts.remove(&artifact))
+            .await
+            .map_err(ApiError::internal)?
+            .map_err(ApiError::internal)?;
     }
     Ok(Json(ModelDeleted { id, object: "model", deleted: true }))
 }

@@ -50,7 +50,11 @@ pub struct ProjectObject {
     post, path = "/v1/projects", operation_id = "create_project", tag = "projects", request_body = CreateProject,
     responses((status = 200, description = "The project", body = ProjectObject), (status = 409, description = "The name is taken"))
 )]
-async fn create_project(State(state): State<AppState>, _: Admin, Body(request): Body<CreateProject>) -> Result<Json<ProjectObject>, ApiError> {
+async fn create_project(
+    State(state): State<AppState>,
+    _: Admin,
+    Body(request): Body<CreateProject>,
+) -> Result<Json<ProjectObject>, ApiError> {
     let (id, metadata) = (ids::new("proj"), request.metadata.unwrap_or_default());
     let created_at = sqlx::query_scalar!(
         "INSERT INTO projects (id, name, metadata) VALUES ($1, $2, $3) RETURNING created_at",
@@ -79,10 +83,15 @@ pub struct ListProjects {
 
 /// List projects
 #[utoipa::path(get, path = "/v1/projects", operation_id = "list_projects", tag = "projects", params(ListProjects), responses((status = 200, description = "A page", body = List<ProjectObject>)))]
-async fn list_projects(State(state): State<AppState>, _: Admin, Query(query): Query<ListProjects>) -> Result<Json<List<ProjectObject>>, ApiError> {
+async fn list_projects(
+    State(state): State<AppState>,
+    _: Admin,
+    Query(query): Query<ListProjects>,
+) -> Result<Json<List<ProjectObject>>, ApiError> {
     let mut page = Page::first(query.limit.unwrap_or(20), query.order);
     if let Some(id) = query.after {
-        let created_at = sqlx::query_scalar!("SELECT created_at FROM projects WHERE id = $1", id).fetch_optional(&state.db).await?;
+        let created_at =
+            sqlx::query_scalar!("SELECT created_at FROM projects WHERE id = $1", id).fetch_optional(&state.db).await?;
         page = page.after(id, created_at)?;
     }
     let rows = sqlx::query!(
@@ -146,7 +155,12 @@ pub struct KeyObject {
     params(("project_id" = String, Path)),
     responses((status = 200, description = "The key with its secret", body = KeyObject))
 )]
-async fn create_key(State(state): State<AppState>, _: Admin, Path(project): Path<String>, OptionalBody(request): OptionalBody<CreateKey>) -> Result<Json<KeyObject>, ApiError> {
+async fn create_key(
+    State(state): State<AppState>,
+    _: Admin,
+    Path(project): Path<String>,
+    OptionalBody(request): OptionalBody<CreateKey>,
+) -> Result<Json<KeyObject>, ApiError> {
     require_project(&state.db, &project).await?;
     let scope = request.scope.unwrap_or(Scope::Project);
     let mut conn = state.db.acquire().await?;
@@ -182,11 +196,18 @@ pub struct ListKeys {
     params(("project_id" = String, Path), ListKeys),
     responses((status = 200, description = "A page", body = List<KeyObject>))
 )]
-async fn list_keys(State(state): State<AppState>, _: Admin, Path(project): Path<String>, Query(query): Query<ListKeys>) -> Result<Json<List<KeyObject>>, ApiError> {
+async fn list_keys(
+    State(state): State<AppState>,
+    _: Admin,
+    Path(project): Path<String>,
+    Query(query): Query<ListKeys>,
+) -> Result<Json<List<KeyObject>>, ApiError> {
     require_project(&state.db, &project).await?;
     let mut page = Page::first(query.limit.unwrap_or(20), query.order);
     if let Some(id) = query.after {
-        let created_at = sqlx::query_scalar!("SELECT created_at FROM api_keys WHERE id = $1 AND project_id = $2", id, project).fetch_optional(&state.db).await?;
+        let created_at = sqlx::query_scalar!("SELECT created_at FROM api_keys WHERE id = $1 AND project_id = $2", id, project)
+            .fetch_optional(&state.db)
+            .await?;
         page = page.after(id, created_at)?;
     }
     let rows = sqlx::query!(
@@ -231,10 +252,18 @@ pub struct DeletedKey {
     params(("project_id" = String, Path), ("key_id" = String, Path)),
     responses((status = 200, description = "Revoked", body = DeletedKey))
 )]
-async fn delete_key(State(state): State<AppState>, _: Admin, Path((project, key)): Path<(String, String)>) -> Result<(StatusCode, Json<DeletedKey>), ApiError> {
-    let found = sqlx::query!("UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1 AND project_id = $2", key, project)
-        .execute(&state.db)
-        .await?;
+async fn delete_key(
+    State(state): State<AppState>,
+    _: Admin,
+    Path((project, key)): Path<(String, String)>,
+) -> Result<(StatusCode, Json<DeletedKey>), ApiError> {
+    let found = sqlx::query!(
+        "UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1 AND project_id = $2",
+        key,
+        project
+    )
+    .execute(&state.db)
+    .await?;
     if found.rows_affected() == 0 {
         return Err(ApiError::not_found("key", &key));
     }

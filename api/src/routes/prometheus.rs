@@ -63,9 +63,11 @@ struct Family {
 }
 
 async fn render(state: &AppState) -> Result<String, ApiError> {
-    let jobs = sqlx::query!(r#"SELECT kind, state, count(*) AS "count!" FROM jobs WHERE deleted_at IS NULL GROUP BY kind, state ORDER BY kind, state"#)
-        .fetch_all(&state.db)
-        .await?;
+    let jobs = sqlx::query!(
+        r#"SELECT kind, state, count(*) AS "count!" FROM jobs WHERE deleted_at IS NULL GROUP BY kind, state ORDER BY kind, state"#
+    )
+    .fetch_all(&state.db)
+    .await?;
     let queued = sqlx::query!(
         r#"SELECT pool, count(*) AS "count!", coalesce(extract(epoch FROM now() - min(queued_at)), 0)::float8 AS "oldest!"
            FROM jobs WHERE state = 'queued' GROUP BY pool ORDER BY pool"#
@@ -78,7 +80,11 @@ async fn render(state: &AppState) -> Result<String, ApiError> {
     )
     .fetch_one(&state.db)
     .await?;
-    let replicas = sqlx::query!(r#"SELECT state, count(*) AS "count!" FROM replicas WHERE state <> 'stopped' GROUP BY state ORDER BY state"#).fetch_all(&state.db).await?;
+    let replicas = sqlx::query!(
+        r#"SELECT state, count(*) AS "count!" FROM replicas WHERE state <> 'stopped' GROUP BY state ORDER BY state"#
+    )
+    .fetch_all(&state.db)
+    .await?;
     let free = health::free_bytes(state).await.map_err(ApiError::internal)?;
     let requests = state.requests.snapshot();
     let one = |value: f64| vec![(String::new(), value)];
@@ -105,7 +111,10 @@ async fn render(state: &AppState) -> Result<String, ApiError> {
             name: "lathe_runners",
             kind: "gauge",
             help: "Runners that have not stopped, by whether their lease holds.",
-            samples: vec![(r#"state="live""#.to_owned(), runners.live as f64), (r#"state="lost""#.to_owned(), runners.lost as f64)],
+            samples: vec![
+                (r#"state="live""#.to_owned(), runners.live as f64),
+                (r#"state="lost""#.to_owned(), runners.lost as f64),
+            ],
         },
         Family {
             name: "lathe_replicas",
@@ -113,15 +122,27 @@ async fn render(state: &AppState) -> Result<String, ApiError> {
             help: "Replicas of models by state.",
             samples: replicas.iter().map(|row| (format!(r#"state="{}""#, row.state), row.count as f64)).collect(),
         },
-        Family { name: "lathe_disk_free_bytes", kind: "gauge", help: "Free bytes on the artifacts' file system.", samples: one(free as f64) },
-        Family { name: "lathe_disk_low_mark_bytes", kind: "gauge", help: "Below this many free bytes, jobs pause.", samples: one(state.config.disk_low_bytes as f64) },
+        Family {
+            name: "lathe_disk_free_bytes",
+            kind: "gauge",
+            help: "Free bytes on the artifacts' file system.",
+            samples: one(free as f64),
+        },
+        Family {
+            name: "lathe_disk_low_mark_bytes",
+            kind: "gauge",
+            help: "Below this many free bytes, jobs pause.",
+            samples: one(state.config.disk_low_bytes as f64),
+        },
         Family {
             name: "lathe_http_requests_total",
             kind: "counter",
             help: "Answers of this process since it started.",
             samples: requests
                 .iter()
-                .map(|((method, route, status), count)| (format!(r#"method="{method}",route="{route}",status="{status}""#), *count as f64))
+                .map(|((method, route, status), count)| {
+                    (format!(r#"method="{method}",route="{route}",status="{status}""#), *count as f64)
+                })
                 .collect(),
         },
     ];
@@ -144,7 +165,12 @@ mod tests {
 
     #[test]
     fn families_are_in_prometheus_format() {
-        let family = Family { name: "x", kind: "gauge", help: "Things.", samples: vec![(String::new(), 1.5), (r#"a="b""#.to_owned(), 2.0)] };
+        let family = Family {
+            name: "x",
+            kind: "gauge",
+            help: "Things.",
+            samples: vec![(String::new(), 1.5), (r#"a="b""#.to_owned(), 2.0)],
+        };
         assert_eq!(family_text(&family), "# HELP x Things.\n# TYPE x gauge\nx 1.5\nx{a=\"b\"} 2\n");
     }
 }

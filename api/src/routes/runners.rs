@@ -77,10 +77,15 @@ pub struct ListRunners {
 
 /// List runners, stopped ones too
 #[utoipa::path(get, path = "/v1/runners", operation_id = "list_runners", tag = "operating", params(ListRunners), responses((status = 200, description = "A page", body = List<RunnerObject>)))]
-async fn list_runners(State(state): State<AppState>, _: Admin, Query(query): Query<ListRunners>) -> Result<Json<List<RunnerObject>>, ApiError> {
+async fn list_runners(
+    State(state): State<AppState>,
+    _: Admin,
+    Query(query): Query<ListRunners>,
+) -> Result<Json<List<RunnerObject>>, ApiError> {
     let mut page = Page::first(query.limit.unwrap_or(20), query.order);
     if let Some(id) = query.after {
-        let started_at = sqlx::query_scalar!("SELECT started_at FROM runners WHERE id = $1", id).fetch_optional(&state.db).await?;
+        let started_at =
+            sqlx::query_scalar!("SELECT started_at FROM runners WHERE id = $1", id).fetch_optional(&state.db).await?;
         page = page.after(id, started_at)?;
     }
     let rows = sqlx::query!(

@@ -168,7 +168,12 @@ async fn find(conn: &mut PgConnection, project_id: &str, id: &str) -> Result<Tok
 
 /// The job to wait for before a tokenizer can be used, if it is not ready. Locks it against deletion
 /// until the transaction ends. `param` is the field that names it.
-pub(super) async fn find_usable(conn: &mut PgConnection, project_id: &str, id: &str, param: &str) -> Result<Option<String>, ApiError> {
+pub(super) async fn find_usable(
+    conn: &mut PgConnection,
+    project_id: &str,
+    id: &str,
+    param: &str,
+) -> Result<Option<String>, ApiError> {
     let row = sqlx::query!(
         r#"SELECT state AS "state: ResourceState", job_id FROM tokenizers WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR SHARE"#,
         id,
@@ -270,12 +275,17 @@ async fn insert_imported(conn: &mut PgConnection, project_id: &str, body: Import
 
 /// List tokenizers
 #[utoipa::path(get, path = "/v1/tokenizers", operation_id = "list_tokenizers", tag = "tokenizers", params(ListQuery), responses((status = 200, description = "A page", body = List<TokenizerObject>)))]
-async fn list_tokenizers(State(state): State<AppState>, project: Project, Query(query): Query<ListQuery>) -> Result<Json<List<TokenizerObject>>, ApiError> {
+async fn list_tokenizers(
+    State(state): State<AppState>,
+    project: Project,
+    Query(query): Query<ListQuery>,
+) -> Result<Json<List<TokenizerObject>>, ApiError> {
     let mut page = query.first();
     if let Some(id) = query.after {
-        let created_at = sqlx::query_scalar!("SELECT created_at FROM tokenizers WHERE id = $1 AND project_id = $2", id, project.project_id)
-            .fetch_optional(&state.db)
-            .await?;
+        let created_at =
+            sqlx::query_scalar!("SELECT created_at FROM tokenizers WHERE id = $1 AND project_id = $2", id, project.project_id)
+                .fetch_optional(&state.db)
+                .await?;
         page = page.after(id, created_at)?;
     }
     let rows = sqlx::query_as!(
@@ -304,7 +314,11 @@ async fn list_tokenizers(State(state): State<AppState>, project: Project, Query(
     get, path = "/v1/tokenizers/{tokenizer_id}", operation_id = "get_tokenizer", tag = "tokenizers", params(("tokenizer_id" = String, Path)),
     responses((status = 200, description = "The tokenizer", body = TokenizerObject))
 )]
-async fn get_tokenizer(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<TokenizerObject>, ApiError> {
+async fn get_tokenizer(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+) -> Result<Json<TokenizerObject>, ApiError> {
     let mut conn = state.db.acquire().await?;
     Ok(Json(find(&mut conn, &project.project_id, &id).await?.into()))
 }
@@ -316,13 +330,21 @@ async fn get_tokenizer(State(state): State<AppState>, project: Project, Path(id)
     delete, path = "/v1/tokenizers/{tokenizer_id}", operation_id = "delete_tokenizer", tag = "tokenizers", params(("tokenizer_id" = String, Path)),
     responses((status = 200, description = "Deleted", body = Deleted), (status = 409, description = "Unfinished work needs it; the message names it"))
 )]
-async fn delete_tokenizer(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<Deleted>, ApiError> {
+async fn delete_tokenizer(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+) -> Result<Json<Deleted>, ApiError> {
     let mut conn = state.db.acquire().await?;
     let mut tx = conn.begin().await?;
-    let row = sqlx::query!("SELECT job_id, artifact FROM tokenizers WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR UPDATE", id, project.project_id)
-        .fetch_optional(&mut *tx)
-        .await?
-        .ok_or_else(|| ApiError::not_found("tokenizer", &id))?;
+    let row = sqlx::query!(
+        "SELECT job_id, artifact FROM tokenizers WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR UPDATE",
+        id,
+        project.project_id
+    )
+    .fetch_optional(&mut *tx)
+    .await?
+    .ok_or_else(|| ApiError::not_found("tokenizer", &id))?;
     let users = sqlx::query_scalar!(
         "SELECT id FROM jobs WHERE finished_at IS NULL AND id <> $2 AND tokenizer_id = $1 ORDER BY created_at LIMIT 10",
         id,
@@ -403,7 +425,12 @@ pub struct EncodingList {
     request_body = TextBody,
     responses((status = 200, description = "Token ids", body = Encoding), (status = 409, description = "The tokenizer is not ready"))
 )]
-async fn encode_text(State(state): State<AppState>, project: Project, Path(id): Path<String>, Body(body): Body<TextBody>) -> Result<Json<Encoding>, ApiError> {
+async fn encode_text(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+    Body(body): Body<TextBody>,
+) -> Result<Json<Encoding>, ApiError> {
     let (texts, one) = body.into_texts();
     let mut encodings = with_tokenizer(&state, &project, &id, move |tokenizer| {
         let all = tokenizer.encode_batch(&texts).into_iter();
@@ -445,7 +472,12 @@ pub struct Decoding {
         (status = 422, description = "An id is not in the vocabulary"),
     )
 )]
-async fn decode_ids(State(state): State<AppState>, project: Project, Path(id): Path<String>, Body(body): Body<DecodeBody>) -> Result<Json<Decoding>, ApiError> {
+async fn decode_ids(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+    Body(body): Body<DecodeBody>,
+) -> Result<Json<Decoding>, ApiError> {
     let decoded = with_tokenizer(&state, &project, &id, move |tokenizer| {
         let vocabulary = tokenizer.vocabulary();
         match body.ids.iter().position(|&id| i64::from(id) >= vocabulary) {
@@ -475,9 +507,17 @@ pub struct TokenCount {
     request_body = TextBody,
     responses((status = 200, description = "How many tokens", body = TokenCount), (status = 409, description = "The tokenizer is not ready"))
 )]
-async fn count_tokens(State(state): State<AppState>, project: Project, Path(id): Path<String>, Body(body): Body<TextBody>) -> Result<Json<TokenCount>, ApiError> {
+async fn count_tokens(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+    Body(body): Body<TextBody>,
+) -> Result<Json<TokenCount>, ApiError> {
     let (texts, _) = body.into_texts();
-    let counts = with_tokenizer(&state, &project, &id, move |tokenizer| tokenizer.encode_batch(&texts).iter().map(Vec::len).collect::<Vec<_>>()).await?;
+    let counts = with_tokenizer(&state, &project, &id, move |tokenizer| {
+        tokenizer.encode_batch(&texts).iter().map(Vec::len).collect::<Vec<_>>()
+    })
+    .await?;
     Ok(Json(TokenCount { count: counts.iter().sum(), counts }))
 }
 

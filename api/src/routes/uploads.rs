@@ -110,7 +110,11 @@ impl UploadRow {
     post, path = "/v1/uploads", operation_id = "create_upload", tag = "files", request_body = CreateUpload,
     responses((status = 200, description = "The upload, pending", body = UploadObject))
 )]
-async fn create_upload(State(state): State<AppState>, caller: Project, Body(request): Body<CreateUpload>) -> Result<Json<UploadObject>, ApiError> {
+async fn create_upload(
+    State(state): State<AppState>,
+    caller: Project,
+    Body(request): Body<CreateUpload>,
+) -> Result<Json<UploadObject>, ApiError> {
     if request.bytes.unsigned_abs() > state.config.file_limit {
         return Err(ApiError::too_large("The file", state.config.file_limit).with_param("bytes"));
     }
@@ -185,7 +189,12 @@ pub struct UploadPart {
         (status = 507, description = "The disk is full"),
     )
 )]
-async fn create_upload_part(State(state): State<AppState>, caller: Project, Path(upload_id): Path<String>, request: Request) -> Result<Json<UploadPart>, ApiError> {
+async fn create_upload_part(
+    State(state): State<AppState>,
+    caller: Project,
+    Path(upload_id): Path<String>,
+    request: Request,
+) -> Result<Json<UploadPart>, ApiError> {
     require_pending(&find_upload(&state.db, &caller.project_id, &upload_id).await?)?;
     let id = ids::new("part");
     let key = format!("parts/{id}");
@@ -204,15 +213,21 @@ async fn create_upload_part(State(state): State<AppState>, caller: Project, Path
 async fn add_part(state: &AppState, upload_id: &str, id: &str, written: &Written) -> Result<OffsetDateTime, ApiError> {
     let mut transaction = state.db.begin().await?;
     // Parts that arrive side by side are counted one after the other.
-    let pending = sqlx::query_scalar!("SELECT id FROM uploads WHERE id = $1 AND state = 'pending' AND expires_at > now() FOR UPDATE", upload_id)
-        .fetch_optional(&mut *transaction)
-        .await?;
+    let pending = sqlx::query_scalar!(
+        "SELECT id FROM uploads WHERE id = $1 AND state = 'pending' AND expires_at > now() FOR UPDATE",
+        upload_id
+    )
+    .fetch_optional(&mut *transaction)
+    .await?;
     if pending.is_none() {
         return Err(ApiError::conflict(format!("The upload `{upload_id}` is no longer pending; begin a new one.")));
     }
-    let before = sqlx::query_scalar!(r#"SELECT coalesce(sum(bytes), 0)::bigint AS "sum!" FROM upload_parts WHERE upload_id = $1"#, upload_id)
-        .fetch_one(&mut *transaction)
-        .await?;
+    let before = sqlx::query_scalar!(
+        r#"SELECT coalesce(sum(bytes), 0)::bigint AS "sum!" FROM upload_parts WHERE upload_id = $1"#,
+        upload_id
+    )
+    .fetch_one(&mut *transaction)
+    .await?;
     if before.unsigned_abs() + written.bytes > state.config.file_limit {
         return Err(ApiError::too_large("The parts of an upload together", state.config.file_limit));
     }
@@ -269,9 +284,11 @@ async fn complete_upload(
     let file_id = ids::new_dashed("file");
     let (written, md5) = concatenate(&state, &keys, &files::artifact_key(&file_id)).await?;
     let completed = match request.md5 {
-        Some(promised) if !promised.eq_ignore_ascii_case(&md5) => {
-            Err(ApiError::unprocessable("md5_mismatch", "md5", format!("The parts have the md5 {md5}; send the damaged ones again.")))
-        }
+        Some(promised) if !promised.eq_ignore_ascii_case(&md5) => Err(ApiError::unprocessable(
+            "md5_mismatch",
+            "md5",
+            format!("The parts have the md5 {md5}; send the damaged ones again."),
+        )),
         _ => register(&state.db, &caller, &upload, &file_id, &written).await,
     };
     match completed {
@@ -292,7 +309,8 @@ async fn complete_upload(
 /// The store's keys of the named parts, which must be this upload's, each once, and add up.
 async fn ordered_parts(db: &PgPool, upload: &UploadRow, part_ids: &[String]) -> Result<Vec<String>, ApiError> {
     let rows = sqlx::query!("SELECT id, bytes, artifact FROM upload_parts WHERE upload_id = $1", upload.id).fetch_all(db).await?;
-    let mut parts: std::collections::HashMap<String, (i64, String)> = rows.into_iter().map(|row| (row.id, (row.bytes, row.artifact))).collect();
+    let mut parts: std::collections::HashMap<String, (i64, String)> =
+        rows.into_iter().map(|row| (row.id, (row.bytes, row.artifact))).collect();
     let (mut keys, mut bytes) = (Vec::with_capacity(part_ids.len()), 0);
     for (index, id) in part_ids.iter().enumerate() {
         let param = format!("part_ids[{index}]");
@@ -304,7 +322,10 @@ async fn ordered_parts(db: &PgPool, upload: &UploadRow, part_ids: &[String]) -> 
         keys.push(key);
     }
     if bytes != upload.bytes {
-        let message = format!("The parts have {bytes} bytes and the upload was begun for {}; name every part, or begin a new upload.", upload.bytes);
+        let message = format!(
+            "The parts have {bytes} bytes and the upload was begun for {}; name every part, or begin a new upload.",
+            upload.bytes
+        );
         return Err(ApiError::unprocessable("bytes_mismatch", "part_ids", message));
     }
     Ok(keys)
@@ -331,7 +352,13 @@ async fn concatenate(state: &AppState, parts: &[String], key: &str) -> Result<(W
 }
 
 /// Makes the file's row and completes the upload, which frees the parts; returns their keys.
-async fn register(db: &PgPool, caller: &Project, upload: &UploadRow, file_id: &str, written: &Written) -> Result<(FileRow, Vec<String>), ApiError> {
+async fn register(
+    db: &PgPool,
+    caller: &Project,
+    upload: &UploadRow,
+    file_id: &str,
+    written: &Written,
+) -> Result<(FileRow, Vec<String>), ApiError> {
     let mut transaction = db.begin().await?;
     let file = NewFile {
         id: file_id,
@@ -343,9 +370,13 @@ async fn register(db: &PgPool, caller: &Project, upload: &UploadRow, file_id: &s
         expires_after: upload.file_expires_after,
     };
     let file = files::insert_file(&mut transaction, file).await?;
-    let completed = sqlx::query!("UPDATE uploads SET state = 'completed', file_id = $2 WHERE id = $1 AND state = 'pending'", upload.id, file_id)
-        .execute(&mut *transaction)
-        .await?;
+    let completed = sqlx::query!(
+        "UPDATE uploads SET state = 'completed', file_id = $2 WHERE id = $1 AND state = 'pending'",
+        upload.id,
+        file_id
+    )
+    .execute(&mut *transaction)
+    .await?;
     if completed.rows_affected() != 1 {
         return Err(ApiError::conflict(format!("The upload `{}` was completed or cancelled meanwhile.", upload.id)));
     }
@@ -365,14 +396,20 @@ async fn drop_parts(conn: &mut PgConnection, upload_id: &str) -> Result<Vec<Stri
     post, path = "/v1/uploads/{upload_id}/cancel", operation_id = "cancel_upload", tag = "files", params(("upload_id" = String, Path)),
     responses((status = 200, description = "The upload, cancelled", body = UploadObject), (status = 409, description = "The upload is completed or expired"))
 )]
-async fn cancel_upload(State(state): State<AppState>, caller: Project, Path(upload_id): Path<String>) -> Result<Json<UploadObject>, ApiError> {
+async fn cancel_upload(
+    State(state): State<AppState>,
+    caller: Project,
+    Path(upload_id): Path<String>,
+) -> Result<Json<UploadObject>, ApiError> {
     let upload = find_upload(&state.db, &caller.project_id, &upload_id).await?;
     if upload.state == "cancelled" {
         return Ok(Json(upload.object(None)));
     }
     require_pending(&upload)?;
     let mut transaction = state.db.begin().await?;
-    let cancelled = sqlx::query!("UPDATE uploads SET state = 'cancelled' WHERE id = $1 AND state = 'pending'", upload_id).execute(&mut *transaction).await?;
+    let cancelled = sqlx::query!("UPDATE uploads SET state = 'cancelled' WHERE id = $1 AND state = 'pending'", upload_id)
+        .execute(&mut *transaction)
+        .await?;
     if cancelled.rows_affected() != 1 {
         return Err(ApiError::conflict(format!("The upload `{upload_id}` was completed or cancelled meanwhile.")));
     }

@@ -148,7 +148,8 @@ impl ToSchema for ScheduleBody {
 impl PartialSchema for ScheduleBody {
     /// The fields, of which `floor` exists on the schedules that fall.
     fn schema() -> RefOr<Schema> {
-        let types = |types: &[Option<&str>]| ObjectBuilder::new().schema_type(SchemaType::AnyValue).enum_values(Some(types.to_vec()));
+        let types =
+            |types: &[Option<&str>]| ObjectBuilder::new().schema_type(SchemaType::AnyValue).enum_values(Some(types.to_vec()));
         let falling = ObjectBuilder::new().property("type", types(&[Some("cosine"), Some("linear"), None]));
         let constant = ObjectBuilder::new()
             .property("type", types(&[Some("constant")]))

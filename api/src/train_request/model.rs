@@ -143,9 +143,8 @@ impl PartialSchema for ModelBody {
                 ObjectBuilder::new().schema_type(SchemaType::AnyValue).enum_values(Some([Some("learned"), None])),
             )
             .property("rope_theta", ObjectBuilder::new().schema_type(Type::Null));
-        let gpt = AllOfBuilder::new()
-            .item(Ref::from_schema_name("GptFields"))
-            .item(OneOfBuilder::new().item(learned).item(rotary));
+        let gpt =
+            AllOfBuilder::new().item(Ref::from_schema_name("GptFields")).item(OneOfBuilder::new().item(learned).item(rotary));
         OneOfBuilder::new()
             .description(Some("A shape, or the name of one."))
             .item(gpt)
@@ -183,7 +182,9 @@ impl GptFields {
             Some(PositionsName::Learned) | None => Positions::Learned,
         };
         if positions == Positions::Rotary && head_dim % 2 != 0 {
-            let message = format!("Rotary positions need an even head dimension, and it is {head_dim}: change `model.width`, `model.heads` or `model.head_dim`.");
+            let message = format!(
+                "Rotary positions need an even head dimension, and it is {head_dim}: change `model.width`, `model.heads` or `model.head_dim`."
+            );
             return Err(contradiction("model.positions", &message));
         }
         let norm = match self.norm {

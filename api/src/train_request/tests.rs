@@ -187,7 +187,10 @@ fn contradictions_are_a_422() {
     assert_eq!(contradiction(hyper(json!({"steps": 1, "epochs": 1}))), "hyperparameters.epochs");
     assert_eq!(contradiction(hyper(json!({"batch_size": 12, "micro_batch_size": 5}))), "hyperparameters.micro_batch_size");
     assert_eq!(contradiction(hyper(json!({"schedule": {"peak": 1e-3, "floor": 1e-2}}))), "hyperparameters.schedule.floor");
-    assert_eq!(contradiction(hyper(json!({"steps": 10, "schedule": {"warmup_steps": 11}}))), "hyperparameters.schedule.warmup_steps");
+    assert_eq!(
+        contradiction(hyper(json!({"steps": 10, "schedule": {"warmup_steps": 11}}))),
+        "hyperparameters.schedule.warmup_steps"
+    );
     assert_eq!(contradiction(hyper(json!({"sample_every": 10}))), "hyperparameters.sample_every");
     assert_eq!(contradiction(hyper(json!({"evaluate_every": 10}))), "hyperparameters.evaluate_every");
     assert_eq!(contradiction(with(pretrain(), "/model/kv_heads", json!(3))), "model.kv_heads");

@@ -65,7 +65,11 @@ impl From<Failure> for PrepareError {
 /// Finds what a job needs and makes its staging folder, from which earlier attempts are swept.
 pub async fn prepare(context: &Context, claimed: &Claimed, device: &Device, staging: &Path) -> Result<Prepared, PrepareError> {
     let spec = serde_json::from_value::<Spec>(claimed.spec.clone()).map_err(|error| {
-        failure(FailureCode::Internal, format!("This version of the runner does not read the job's specification: {error}"), false)
+        failure(
+            FailureCode::Internal,
+            format!("This version of the runner does not read the job's specification: {error}"),
+            false,
+        )
     })?;
     make_staging(staging.to_owned()).await?;
     let mut prepared = match spec {
@@ -177,10 +181,18 @@ fn existing(context: &Context, key: &str) -> Result<PathBuf, Failure> {
     let path = context.artifacts.path(key);
     match path.exists() {
         true => Ok(path),
-        false => Err(failure(FailureCode::DependencyFailed, format!("The artifact {key} is missing from the artifact folder of the runner."), false)),
+        false => Err(failure(
+            FailureCode::DependencyFailed,
+            format!("The artifact {key} is missing from the artifact folder of the runner."),
+            false,
+        )),
     }
 }
 
 fn gone(what: &str, id: &str) -> Failure {
-    failure(FailureCode::DependencyFailed, format!("The {what} {id} that this job needs is not there any more. Create the job again with another one."), false)
+    failure(
+        FailureCode::DependencyFailed,
+        format!("The {what} {id} that this job needs is not there any more. Create the job again with another one."),
+        false,
+    )
 }

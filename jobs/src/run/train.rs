@@ -17,7 +17,13 @@ use crate::{
 /// Token shards, shared by all jobs of this artifact store and named by their content.
 const SHARDS: &str = "cache/shards";
 
-pub async fn prepare(context: &Context, claimed: &Claimed, spec: JobSpec, device: &Device, staging: &Path) -> Result<Prepared, PrepareError> {
+pub async fn prepare(
+    context: &Context,
+    claimed: &Claimed,
+    spec: JobSpec,
+    device: &Device,
+    staging: &Path,
+) -> Result<Prepared, PrepareError> {
     let dataset = dataset_folder(context, claimed.dataset_id.as_deref()).await?;
     let validation_dataset = match claimed.validation_dataset_id.as_deref() {
         Some(id) => Some(dataset_folder(context, Some(id)).await?.folder),

@@ -18,8 +18,9 @@ pub fn run() -> i32 {
 }
 
 fn ingest_task(task: serde_json::Value, control: &Control, reporter: &mut Reporter) -> Result<TaskResult, Failure> {
-    let spec: IngestSpec = serde_json::from_value(task)
-        .map_err(|error| failure::new(FailureCode::Internal, format!("The worker does not read the ingestion's specification: {error}")))?;
+    let spec: IngestSpec = serde_json::from_value(task).map_err(|error| {
+        failure::new(FailureCode::Internal, format!("The worker does not read the ingestion's specification: {error}"))
+    })?;
     let folder = spec.output.clone();
     let mut progress = |at: IngestProgress| {
         let data = serde_json::json!({ "done": at.done, "total": at.total, "rows": at.rows, "bad_rows": at.bad_rows });

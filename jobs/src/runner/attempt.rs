@@ -81,7 +81,11 @@ pub async fn run(context: Arc<Context>, claimed: Claimed, device: Device) {
             settle(&attempt, writing, &claimed, ending, &staging).await;
         }
         None => {
-            tracing::warn!(job.id = attempt.lease.job_id, job.attempt = attempt.lease.attempt, "the lease was lost; the work is dropped");
+            tracing::warn!(
+                job.id = attempt.lease.job_id,
+                job.attempt = attempt.lease.attempt,
+                "the lease was lost; the work is dropped"
+            );
             writing.abort();
         }
     }
@@ -122,7 +126,9 @@ async fn end(attempt: &Attempt, mut ending: Ending) {
             Err(error) => Err(error.into()),
         };
         match finished {
-            Ok(state) => return tracing::info!(job.id = lease.job_id, job.attempt = lease.attempt, job.state = %state, "ended an attempt"),
+            Ok(state) => {
+                return tracing::info!(job.id = lease.job_id, job.attempt = lease.attempt, job.state = %state, "ended an attempt");
+            }
             Err(LeaseError::Lost) => {
                 return tracing::warn!(job.id = lease.job_id, job.attempt = lease.attempt, "the attempt had ended already");
             }
@@ -132,7 +138,11 @@ async fn end(attempt: &Attempt, mut ending: Ending) {
             }
             Err(LeaseError::Database(error)) if is_permanent(&error) => {
                 tracing::error!(job.id = lease.job_id, %error, "the end of an attempt was refused");
-                ending = Ending::Failed(failure(FailureCode::Internal, "The result could not be recorded; the log of the runner says why.", true));
+                ending = Ending::Failed(failure(
+                    FailureCode::Internal,
+                    "The result could not be recorded; the log of the runner says why.",
+                    true,
+                ));
                 tokio::time::sleep(RETRY).await;
             }
             Err(LeaseError::Database(error)) => {
@@ -145,7 +155,9 @@ async fn end(attempt: &Attempt, mut ending: Ending) {
 
 fn publishing_failed(error: &artifacts::ArtifactError) -> Failure {
     match error.is_disk_full() {
-        true => failure(FailureCode::DiskFull, "The disk has no room for the result. Free some space; the job is tried again.", true),
+        true => {
+            failure(FailureCode::DiskFull, "The disk has no room for the result. Free some space; the job is tried again.", true)
+        }
         false => failure(FailureCode::Internal, "The result could not be published; the log of the runner says why.", true),
     }
 }
@@ -240,8 +252,11 @@ async fn write_one(attempt: &Attempt, write: &Write) -> Result<(), LeaseError> {
         Write::Resolved(spec) => metrics::resolved(&mut conn, lease, spec).await,
         Write::Checkpoint(staged) => {
             let id = checkpoints::register(&mut conn, artifacts, lease, staged).await?;
-            let data = json!({ "checkpoint": id, "step": staged.step, "validation_loss": staged.validation_loss, "best": staged.best });
-            attempt.outbox.gather(true, |batch| batch.events.push(event(Level::Info, "checkpoint.saved", &format!("Saved step {}.", staged.step), data)));
+            let data =
+                json!({ "checkpoint": id, "step": staged.step, "validation_loss": staged.validation_loss, "best": staged.best });
+            attempt.outbox.gather(true, |batch| {
+                batch.events.push(event(Level::Info, "checkpoint.saved", &format!("Saved step {}.", staged.step), data))
+            });
             checkpoints::prune(&mut conn, artifacts, lease, attempt.context.keep(lease)).await
         }
     }
@@ -255,7 +270,12 @@ fn is_permanent(error: &sqlx::Error) -> bool {
             let passing = ["08", "40", "53", "55", "57", "58"];
             refused.code().is_some_and(|code| !passing.iter().any(|class| code.starts_with(class)))
         }
-        sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed => false,
+        sqlx::Error::Io(_)
+        | sqlx::Error::Tls(_)
+        | sqlx::Error::Protocol(_)
+        | sqlx::Error::PoolTimedOut
+        | sqlx::Error::PoolClosed
+        | sqlx::Error::WorkerCrashed => false,
         _ => true,
     }
 }
@@ -276,11 +296,15 @@ async fn work(attempt: &Attempt, claimed: &Claimed, device: &Device, staging: &P
     if let Some(step) = prepared.resumed_step {
         let message = format!("Goes on from the checkpoint of step {step}.");
         attempt.step.store(step, Ordering::Relaxed);
-        attempt.outbox.gather(true, |batch| batch.events.push(event(Level::Info, "checkpoint.resumed", &message, json!({ "step": step }))));
+        attempt
+            .outbox
+            .gather(true, |batch| batch.events.push(event(Level::Info, "checkpoint.resumed", &message, json!({ "step": step }))));
     }
     for step in &prepared.unreadable {
         let message = format!("The checkpoint of step {step} is damaged; an earlier one is used.");
-        attempt.outbox.gather(true, |batch| batch.events.push(event(Level::Warn, "checkpoint.unreadable", &message, json!({ "step": step }))));
+        attempt.outbox.gather(true, |batch| {
+            batch.events.push(event(Level::Warn, "checkpoint.unreadable", &message, json!({ "step": step })))
+        });
     }
     let log = attempt.context.artifacts.log(&attempt.lease.job_id, attempt.lease.attempt);
     let start = Start {
@@ -294,7 +318,11 @@ async fn work(attempt: &Attempt, claimed: &Claimed, device: &Device, staging: &P
         Ok(child) => converse(attempt, child, &prepared, &mut control, &log).await,
         Err(error) => {
             tracing::error!(job.id = attempt.lease.job_id, %error, "a worker could not be started");
-            Some(Ending::Failed(failure(FailureCode::WorkerCrashed, "The worker could not be started; the log of the runner says why.", true)))
+            Some(Ending::Failed(failure(
+                FailureCode::WorkerCrashed,
+                "The worker could not be started; the log of the runner says why.",
+                true,
+            )))
         }
     }
 }
@@ -331,10 +359,18 @@ fn environment(threads: usize) -> Vec<(&'static str, String)> {
 }
 
 /// Hears a worker until it ends.
-async fn converse(attempt: &Attempt, mut child: Child, prepared: &Prepared, control: &mut watch::Receiver<Control>, log: &Path) -> Option<Ending> {
+async fn converse(
+    attempt: &Attempt,
+    mut child: Child,
+    prepared: &Prepared,
+    control: &mut watch::Receiver<Control>,
+    log: &Path,
+) -> Option<Ending> {
     match serde_json::to_string(&prepared.worker) {
         Ok(spec) => child.tell(&spec).await,
-        Err(error) => return Some(Ending::Failed(failure(FailureCode::Internal, format!("The task cannot be written: {error}"), false))),
+        Err(error) => {
+            return Some(Ending::Failed(failure(FailureCode::Internal, format!("The task cannot be written: {error}"), false)));
+        }
     }
     let mut talk = Talk { told: None, deadline: prepared.wall.map(|wall| Instant::now() + wall), overdue: false, last: None };
     let mut line = Vec::new();
@@ -425,7 +461,8 @@ impl Talk {
             Report::Started { numerics, numerics_changed } => {
                 outbox.push(Write::Started(numerics));
                 if numerics_changed {
-                    let message = "This device or library differs from the first attempt's: bits may differ from an uninterrupted run.";
+                    let message =
+                        "This device or library differs from the first attempt's: bits may differ from an uninterrupted run.";
                     outbox.gather(true, |batch| batch.events.push(event(Level::Warn, "numerics_changed", message, json!({}))));
                 }
             }
@@ -454,10 +491,12 @@ impl Talk {
     fn ending(self, attempt: &Attempt, status: io::Result<ExitStatus>, log: &Path) -> Ending {
         let code = status.as_ref().ok().and_then(ExitStatus::code);
         match self.last {
-            Some(Ok(result)) if code == Some(Exit::Done as i32) => match run::product(&attempt.lease, result, &attempt.context.artifacts) {
-                Ok(product) => return Ending::Succeeded(product),
-                Err(failure) => return Ending::Failed(failure),
-            },
+            Some(Ok(result)) if code == Some(Exit::Done as i32) => {
+                match run::product(&attempt.lease, result, &attempt.context.artifacts) {
+                    Ok(product) => return Ending::Succeeded(product),
+                    Err(failure) => return Ending::Failed(failure),
+                }
+            }
             // A worker that was told to stop may well fail for that.
             Some(Err(failure)) if self.told.is_none() || !failure.retryable => return Ending::Failed(failure),
             _ => {}
@@ -466,10 +505,18 @@ impl Talk {
             return if attempt.context.is_stopping() { Ending::Interrupted } else { Ending::Stopped };
         }
         if self.overdue {
-            return Ending::Failed(failure(FailureCode::WorkerCrashed, "The worker took longer than a job of this kind may take, and was killed.", false));
+            return Ending::Failed(failure(
+                FailureCode::WorkerCrashed,
+                "The worker took longer than a job of this kind may take, and was killed.",
+                false,
+            ));
         }
         if code == Some(Exit::BadSpec as i32) {
-            return Ending::Failed(failure(FailureCode::Internal, "The worker does not read this task; the runner and the worker are of different versions.", false));
+            return Ending::Failed(failure(
+                FailureCode::Internal,
+                "The worker does not read this task; the runner and the worker are of different versions.",
+                false,
+            ));
         }
         Ending::Failed(failure(FailureCode::WorkerCrashed, crash_message(status, log), true))
     }

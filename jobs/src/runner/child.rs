@@ -35,8 +35,21 @@ const MAX_REPORT_BYTES: usize = 64 << 20;
 
 /// Variables that a child may see, by their beginnings.
 const INHERITED: [&str; 15] = [
-    "PATH", "HOME", "TMPDIR", "LANG", "LC_", "LD_LIBRARY_PATH", "LIBTORCH", "LATHE_CACHE", "LATHE_LOG", "LATHE_TORCH", "RUST_",
-    "CUDA_", "NVIDIA_", "NCCL_", "MALLOC_",
+    "PATH",
+    "HOME",
+    "TMPDIR",
+    "LANG",
+    "LC_",
+    "LD_LIBRARY_PATH",
+    "LIBTORCH",
+    "LATHE_CACHE",
+    "LATHE_LOG",
+    "LATHE_TORCH",
+    "RUST_",
+    "CUDA_",
+    "NVIDIA_",
+    "NCCL_",
+    "MALLOC_",
 ];
 
 /// What a child may use; `None`: no bound.
@@ -173,7 +186,11 @@ fn spawn(start: Start) -> io::Result<Child> {
             }
             restrict(bounds)?;
             // `dup2` onto itself would leave the descriptor to be closed at exec.
-            let passed = if descriptor == REPORT_FD { libc::fcntl(descriptor, libc::F_SETFD, 0) } else { libc::dup2(descriptor, REPORT_FD) };
+            let passed = if descriptor == REPORT_FD {
+                libc::fcntl(descriptor, libc::F_SETFD, 0)
+            } else {
+                libc::dup2(descriptor, REPORT_FD)
+            };
             if passed < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
         });
     }

@@ -30,7 +30,8 @@ pub fn find() -> Vec<Device> {
         return vec![cpu(&why)];
     }
     let threads = (found.cpu_cores / found.cuda_devices).max(1);
-    let device = |index| Device { choice: DeviceChoice::Cuda { index }, name: format!("CUDA device {index}"), threads, why: why.clone() };
+    let device =
+        |index| Device { choice: DeviceChoice::Cuda { index }, name: format!("CUDA device {index}"), threads, why: why.clone() };
     (0..found.cuda_devices).map(device).collect()
 }
 
@@ -47,6 +48,8 @@ pub fn cores() -> usize {
 
 fn processor_name() -> String {
     let described = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let named = described.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim().to_owned()));
+    let named = described
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim().to_owned()));
     named.unwrap_or_else(|| std::env::consts::ARCH.to_owned())
 }

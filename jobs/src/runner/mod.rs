@@ -165,7 +165,9 @@ pub async fn run(config: RunnerConfig, shutdown: impl Future<Output = ()>) -> Re
         .await?;
     prove_shared(&db, &artifacts).await?;
     let offered = match config.offer_devices {
-        true => tokio::task::spawn_blocking(devices::find).await.unwrap_or_else(|_| vec![devices::cpu("looking for CUDA devices failed")]),
+        true => tokio::task::spawn_blocking(devices::find)
+            .await
+            .unwrap_or_else(|_| vec![devices::cpu("looking for CUDA devices failed")]),
         false => Vec::new(),
     };
     let (stop, stopping) = watch::channel(false);
@@ -189,7 +191,8 @@ pub async fn run(config: RunnerConfig, shutdown: impl Future<Output = ()>) -> Re
     background.spawn(reaper::run(context.db.clone(), context.artifacts.clone(), context.config.lease_seconds));
     background.spawn(housekeeping::run(context.db.clone(), context.artifacts.clone()));
     let mut work = JoinSet::new();
-    let light = (0..context.config.light_slots).map(|_| Device { threads: devices::cores().div_ceil(2), ..devices::cpu("light work") });
+    let light =
+        (0..context.config.light_slots).map(|_| Device { threads: devices::cores().div_ceil(2), ..devices::cpu("light work") });
     work.spawn(claim_all(context.clone(), Pool::Light, light.collect()));
     work.spawn(claim_all(context.clone(), Pool::Device, offered));
     work.spawn(replicas::keep(context.clone()));

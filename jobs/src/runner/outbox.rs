@@ -217,7 +217,15 @@ mod tests {
     use super::*;
 
     fn row(step: u64) -> MetricRow {
-        MetricRow { step, loss: 1.0, learning_rate: 1.0, grad_norm: 1.0, tokens: 1, tokens_per_second: 1.0, validation_loss: None }
+        MetricRow {
+            step,
+            loss: 1.0,
+            learning_rate: 1.0,
+            grad_norm: 1.0,
+            tokens: 1,
+            tokens_per_second: 1.0,
+            validation_loss: None,
+        }
     }
 
     fn staged(step: i64, best: bool, root: &Path) -> Write {
@@ -270,10 +278,15 @@ mod tests {
         for step in 1..=6 {
             outbox.push(staged(step, step == 2, root.path()));
         }
-        let left: Vec<i64> = outbox.lock().waiting.iter().filter_map(|write| match write {
-            Write::Checkpoint(staged) => Some(staged.step),
-            _ => None,
-        }).collect();
+        let left: Vec<i64> = outbox
+            .lock()
+            .waiting
+            .iter()
+            .filter_map(|write| match write {
+                Write::Checkpoint(staged) => Some(staged.step),
+                _ => None,
+            })
+            .collect();
         assert_eq!(left, [2, 5, 6]);
         assert!(root.path().join("2").exists() && !root.path().join("3").exists());
     }

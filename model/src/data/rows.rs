@@ -78,7 +78,8 @@ pub struct Writer {
 impl Writer {
     pub fn create(folder: &Path) -> io::Result<Writer> {
         std::fs::create_dir_all(folder)?;
-        let manifest = Manifest { version: 1, rows: 0, conversations: 0, duplicates: 0, bytes: 0, characters: 0, sha256: String::new() };
+        let manifest =
+            Manifest { version: 1, rows: 0, conversations: 0, duplicates: 0, bytes: 0, characters: 0, sha256: String::new() };
         Ok(Writer {
             folder: folder.to_owned(),
             rows: BufWriter::with_capacity(1 << 20, File::create(folder.join("rows.jsonl"))?),

@@ -108,7 +108,13 @@ impl Shard {
         };
         let manifest: Manifest = serde_json::from_slice(&std::fs::read(folder.join("manifest.json"))?)?;
         let supervised = folder.join("supervised.bin").exists().then(|| map("supervised.bin")).transpose()?;
-        Ok(Shard { manifest, tokens: map("tokens.bin")?, documents: map("documents.bin")?, hashes: map("hashes.bin")?, supervised })
+        Ok(Shard {
+            manifest,
+            tokens: map("tokens.bin")?,
+            documents: map("documents.bin")?,
+            hashes: map("hashes.bin")?,
+            supervised,
+        })
     }
 
     pub fn token(&self, index: u64) -> i64 {

@@ -74,7 +74,10 @@ impl Forward {
         let positions: Vec<i64> = positions.iter().map(|&position| position as i64).collect();
         let positions_bt = Tensor::from_slice(&positions).to_device(self.device).view([rows, 1]);
         let mut plan = AttentionPlan::Cached(CachedAttention::rows(&self.cache, &positions, keys as i64, self.heads));
-        let hidden_bc = self.model.hidden(&self.ids(tokens).view([rows, 1]), &positions_bt, &mut Pass { plan: &mut plan, dropout: None }).squeeze_dim(1);
+        let hidden_bc = self
+            .model
+            .hidden(&self.ids(tokens).view([rows, 1]), &positions_bt, &mut Pass { plan: &mut plan, dropout: None })
+            .squeeze_dim(1);
         Logits::new(&self.model.logits(&hidden_bc))
     }
 

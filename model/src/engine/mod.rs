@@ -117,7 +117,11 @@ pub enum Event {
     Prompt(Vec<Sampled>),
     Token(Sampled),
     /// The last event.
-    Finished { reason: Finish, prompt_tokens: usize, completion_tokens: usize },
+    Finished {
+        reason: Finish,
+        prompt_tokens: usize,
+        completion_tokens: usize,
+    },
 }
 
 /// Takes a client's events on the engine's thread, so it must not block. False: the client is gone.

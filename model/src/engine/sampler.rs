@@ -225,7 +225,11 @@ mod tests {
     fn a_draw_depends_on_seed_and_position_alone() {
         let sampler = Sampler::new(64, []);
         let logits: Vec<f32> = (0..64).map(|id| (id % 7) as f32 * 0.1).collect();
-        let tokens = |seed| (0..50).map(|position| sampler.sample(&logits, &Sampling { seed, ..sampling(1.0) }, position).unwrap().token).collect::<Vec<_>>();
+        let tokens = |seed| {
+            (0..50)
+                .map(|position| sampler.sample(&logits, &Sampling { seed, ..sampling(1.0) }, position).unwrap().token)
+                .collect::<Vec<_>>()
+        };
         assert_eq!(tokens(1), tokens(1));
         assert_ne!(tokens(1), tokens(2));
         assert_ne!(tokens(1)[0..10], tokens(1)[10..20]);

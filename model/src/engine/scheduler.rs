@@ -35,7 +35,9 @@ impl Limits {
     pub fn cache_shape(&self, rows: usize, length: usize) -> (usize, usize) {
         match self.fixed_shape {
             true => (self.max_sequences, self.context),
-            false => (rows.next_power_of_two().min(self.max_sequences), length.next_power_of_two().max(MIN_CAPACITY).min(self.context)),
+            false => {
+                (rows.next_power_of_two().min(self.max_sequences), length.next_power_of_two().max(MIN_CAPACITY).min(self.context))
+            }
         }
     }
 }
@@ -57,7 +59,9 @@ pub enum Refusal {
     EmptyPrompt,
     #[error("the prompt has {prompt} tokens; this model's context has {context}, of which an answer needs at least one")]
     PromptTooLong { prompt: usize, context: usize },
-    #[error("a sequence of {length} tokens needs more memory for its keys and values than this engine may use, which is enough for {possible}")]
+    #[error(
+        "a sequence of {length} tokens needs more memory for its keys and values than this engine may use, which is enough for {possible}"
+    )]
     TooLong { length: usize, possible: usize },
     #[error("{waiting} requests are waiting already, the most that this engine queues")]
     QueueFull { waiting: usize },
@@ -260,7 +264,8 @@ impl Scheduler {
 
     /// The prompt of a sequence that wants no token was computed: it finishes.
     pub fn prompt_done(&mut self, id: SequenceId) -> Option<Finish> {
-        let slot = self.slots.iter_mut().find(|slot| slot.is_some_and(|sequence| sequence.id == id && sequence.max_tokens == 0))?;
+        let slot =
+            self.slots.iter_mut().find(|slot| slot.is_some_and(|sequence| sequence.id == id && sequence.max_tokens == 0))?;
         *slot = None;
         Some(Finish::Length)
     }
@@ -303,7 +308,9 @@ impl Scheduler {
         let mut chunks = Vec::new();
         let mut tokens = 0;
         for slot in (0..count).map(|offset| (self.turn + offset) % count) {
-            let Some(sequence) = self.slots[slot].as_mut().filter(|sequence| sequence.prefilled < sequence.prompt) else { continue };
+            let Some(sequence) = self.slots[slot].as_mut().filter(|sequence| sequence.prefilled < sequence.prompt) else {
+                continue;
+            };
             if tokens >= self.limits.prefill_budget && !chunks.is_empty() {
                 // The next step begins with whoever did not get a turn in this one.
                 self.turn = slot;

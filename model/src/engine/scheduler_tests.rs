@@ -7,7 +7,15 @@ use proptest::prelude::*;
 use super::*;
 
 fn limits() -> Limits {
-    Limits { max_sequences: 4, max_waiting: 3, context: 256, prefill_chunk: 16, prefill_budget: 32, cache_positions: 4 * 256, fixed_shape: false }
+    Limits {
+        max_sequences: 4,
+        max_waiting: 3,
+        context: 256,
+        prefill_chunk: 16,
+        prefill_budget: 32,
+        cache_positions: 4 * 256,
+        fixed_shape: false,
+    }
 }
 
 fn request(prompt_tokens: usize, max_tokens: usize) -> Request {
@@ -27,7 +35,8 @@ fn submit(scheduler: &mut Scheduler, request: Request) -> Result<SequenceId, Ref
 fn run(scheduler: &mut Scheduler) -> (Step, Vec<(SequenceId, Finish)>) {
     let step = scheduler.plan().unwrap();
     let mut finished = Vec::new();
-    let sampled = step.prefill.iter().filter(|chunk| chunk.last).map(|chunk| chunk.id).chain(step.decode.iter().map(|decode| decode.id));
+    let sampled =
+        step.prefill.iter().filter(|chunk| chunk.last).map(|chunk| chunk.id).chain(step.decode.iter().map(|decode| decode.id));
     for id in sampled {
         let finish = scheduler.prompt_done(id).or_else(|| scheduler.token(id, false));
         finished.extend(finish.map(|finish| (id, finish)));
@@ -167,7 +176,11 @@ impl World {
             let (request, done) = self.open.get_mut(&chunk.id).unwrap();
             prop_assert_eq!(self.slots.entry(chunk.slot).or_insert(chunk.id), &chunk.id);
             prop_assert_eq!(chunk.start, *done);
-            prop_assert_eq!(chunk.length, (request.prompt_tokens - chunk.start).min(limits.prefill_chunk), "cut by its own length alone");
+            prop_assert_eq!(
+                chunk.length,
+                (request.prompt_tokens - chunk.start).min(limits.prefill_chunk),
+                "cut by its own length alone"
+            );
             *done += chunk.length;
             prop_assert!(*done <= step.cache.1 && chunk.slot < step.cache.0);
             prop_assert_eq!(chunk.last, *done == request.prompt_tokens);

@@ -47,7 +47,9 @@ impl StopStrings {
     fn beginning_of_a_stop(&self) -> usize {
         let longest = self.stops.iter().map(String::len).max().unwrap_or(0).saturating_sub(1).min(self.held.len());
         let ends = (1..=longest).rev().filter(|&length| self.held.is_char_boundary(self.held.len() - length));
-        ends.into_iter().find(|&length| self.stops.iter().any(|stop| stop.starts_with(&self.held[self.held.len() - length..]))).unwrap_or(0)
+        ends.into_iter()
+            .find(|&length| self.stops.iter().any(|stop| stop.starts_with(&self.held[self.held.len() - length..])))
+            .unwrap_or(0)
     }
 }
 

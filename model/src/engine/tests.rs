@@ -62,7 +62,8 @@ fn start(shape: &ModelConfig, config: &EngineConfig) -> EngineHandle {
 /// A prompt of its own for each sequence, of lengths 1 to 29.
 fn generation(index: usize, temperature: f64) -> Generation {
     let prompt = (0..1 + (index * 5) % 29).map(|at| (4 + (index * 31 + at * 17 + at * at) % (VOCABULARY - 4)) as u32).collect();
-    let sampling = Sampling { temperature, top_p: 0.95, top_k: 0, seed: index as u64, max_tokens: 20 + index as i64 % 9, logprobs: Some(2) };
+    let sampling =
+        Sampling { temperature, top_p: 0.95, top_k: 0, seed: index as u64, max_tokens: 20 + index as i64 % 9, logprobs: Some(2) };
     Generation { prompt, sampling, stop_tokens: vec![EOS], prompt_logprobs: None }
 }
 
@@ -176,7 +177,11 @@ fn deterministic_decoding_is_the_same_to_the_bit() {
 fn what_is_gone_makes_room_at_once() {
     let shape = shape(Positions::Learned, 4);
     let engine = start(&shape, &EngineConfig { max_sequences: 1, max_waiting: 1, ..config() });
-    let endless = || Generation { stop_tokens: vec![], sampling: Sampling { max_tokens: 90, ..generation(0, 1.0).sampling }, ..generation(0, 1.0) };
+    let endless = || Generation {
+        stop_tokens: vec![],
+        sampling: Sampling { max_tokens: 90, ..generation(0, 1.0).sampling },
+        ..generation(0, 1.0)
+    };
     let (gate, opened) = channel::<()>();
     let (entered, entry) = channel();
     let (running, events) = {
@@ -197,7 +202,10 @@ fn what_is_gone_makes_room_at_once() {
     drop(running);
     drop(gate);
     let heard: Vec<Event> = events.iter().collect();
-    assert!(matches!(heard[..], [Event::Token(_), Event::Finished { reason: Finish::Cancelled, completion_tokens: 1, .. }]), "{heard:?}");
+    assert!(
+        matches!(heard[..], [Event::Token(_), Event::Finished { reason: Finish::Cancelled, completion_tokens: 1, .. }]),
+        "{heard:?}"
+    );
     // A client that hangs up: the sink says so.
     let (ticket, events) = waiting;
     assert!(matches!(events.recv().unwrap(), Event::Token(_)));
@@ -220,7 +228,8 @@ fn answers_end_where_they_should() {
     assert_eq!(stopped.finish, Some(Finish::Stop));
     let to_the_context = Generation { sampling: Sampling { max_tokens: i64::MAX, ..free.sampling.clone() }, ..free.clone() };
     assert_eq!(collect(submit(&engine, to_the_context)).tokens.len(), 96 - free.prompt.len());
-    let scored = Generation { sampling: Sampling { max_tokens: 0, ..free.sampling.clone() }, prompt_logprobs: Some(0), ..free.clone() };
+    let scored =
+        Generation { sampling: Sampling { max_tokens: 0, ..free.sampling.clone() }, prompt_logprobs: Some(0), ..free.clone() };
     let scored = collect(submit(&engine, scored));
     assert_eq!((scored.scores.len(), scored.tokens.len(), scored.finish), (free.prompt.len() - 1, 0, Some(Finish::Length)));
     assert!(answer.ids().iter().all(|id| !NEVER.contains(id)));
@@ -229,14 +238,18 @@ fn answers_end_where_they_should() {
 #[test]
 fn bad_requests_are_refused_with_both_numbers() {
     let engine = start(&shape(Positions::Learned, 4), &config());
-    let try_prompt = |prompt: Vec<u32>| engine.submit(Generation { prompt, ..generation(0, 0.0) }, Box::new(|_| true)).unwrap_err();
+    let try_prompt =
+        |prompt: Vec<u32>| engine.submit(Generation { prompt, ..generation(0, 0.0) }, Box::new(|_| true)).unwrap_err();
     assert_eq!(try_prompt(vec![]), SubmitError::Refused(Refusal::EmptyPrompt));
     assert_eq!(try_prompt(vec![4; 200]), SubmitError::Refused(Refusal::PromptTooLong { prompt: 200, context: 96 }));
     assert_eq!(try_prompt(vec![4, 97]), SubmitError::UnknownToken { index: 1, id: 97, vocabulary: VOCABULARY });
     assert_eq!(engine.load().open, 0);
     let small = EngineConfig { deterministic_decode: true, cache_bytes: 1000, ..config() };
     let shape = shape(Positions::Learned, 4);
-    assert!(matches!(Engine::spawn(model(&shape), shape.clone(), vec![], &small), Err(StartError::CacheTooSmall { allowed: 1000, .. })));
+    assert!(matches!(
+        Engine::spawn(model(&shape), shape.clone(), vec![], &small),
+        Err(StartError::CacheTooSmall { allowed: 1000, .. })
+    ));
 }
 
 #[test]
@@ -299,7 +312,11 @@ fn a_model_starts_from_its_folder() {
 #[test]
 fn the_engine_ends_with_its_last_handle() {
     let engine = start(&shape(Positions::Learned, 4), &config());
-    let endless = Generation { stop_tokens: vec![], sampling: Sampling { max_tokens: 90, ..generation(0, 1.0).sampling }, ..generation(0, 1.0) };
+    let endless = Generation {
+        stop_tokens: vec![],
+        sampling: Sampling { max_tokens: 90, ..generation(0, 1.0).sampling },
+        ..generation(0, 1.0)
+    };
     let open = submit(&engine, endless);
     engine.stop();
     assert_eq!(collect(open).finish, Some(Finish::Cancelled));

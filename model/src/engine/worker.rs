@@ -62,7 +62,11 @@ impl Worker {
 
     /// Serves until the last handle is gone, a stop, or a failure.
     pub(super) fn run(mut self) {
-        let outcome = catch_unwind(AssertUnwindSafe(|| while self.take_commands() { self.step() }));
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            while self.take_commands() {
+                self.step()
+            }
+        }));
         self.shared.alive.store(false, Ordering::Release);
         let reason = match outcome {
             Ok(()) => Finish::Cancelled,
@@ -221,6 +225,7 @@ impl Worker {
 
 /// What a panic said, without the backtrace that libtorch appends.
 pub(super) fn message(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
+    let text =
+        panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
     trim_backtrace(text)
 }

@@ -42,9 +42,8 @@ impl AttentionPlan {
 
 /// Causal attention within rows through libtorch's fused kernels.
 fn causal(q_bhtd: &Tensor, k_bgtd: &Tensor, v_bgtd: &Tensor) -> Tensor {
-    let sdpa = |q: &Tensor| {
-        Tensor::scaled_dot_product_attention(q, k_bgtd, v_bgtd, None::<Tensor>, 0.0, q.size()[2] > 1, None, false)
-    };
+    let sdpa =
+        |q: &Tensor| Tensor::scaled_dot_product_attention(q, k_bgtd, v_bgtd, None::<Tensor>, 0.0, q.size()[2] > 1, None, false);
     let (b, heads, t, d) = q_bhtd.size4().expect("queries are (b, heads, t, d)");
     let groups = k_bgtd.size()[1];
     if heads == groups {

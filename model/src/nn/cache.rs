@@ -46,7 +46,8 @@ impl KvCache {
         }
         let (keep_slots, keep) = (slots.min(self.slots), capacity.min(self.capacity));
         for tensor in self.layers.iter_mut().flatten() {
-            let fresh = Tensor::zeros([slots, self.shape.kv_heads, capacity, self.shape.head_dim], (self.shape.kind, self.shape.device));
+            let fresh =
+                Tensor::zeros([slots, self.shape.kv_heads, capacity, self.shape.head_dim], (self.shape.kind, self.shape.device));
             fresh.i((..keep_slots, .., ..keep)).copy_(&tensor.i((..keep_slots, .., ..keep)));
             *tensor = fresh;
         }
@@ -125,7 +126,8 @@ impl CachedAttention {
         let q_bgqd = q_bhtd.reshape([b, groups, heads / groups * t, d]);
         let [k_bgkd, v_bgkd] = [keys_bgkd, values_bgkd].map(|cached| cached.narrow(2, 0, self.keys));
         let causal = self.mask_b1qk.is_none();
-        Tensor::scaled_dot_product_attention(&q_bgqd, &k_bgkd, &v_bgkd, self.mask_b1qk.as_ref(), 0.0, causal, None, false).view([b, heads, t, d])
+        Tensor::scaled_dot_product_attention(&q_bgqd, &k_bgkd, &v_bgkd, self.mask_b1qk.as_ref(), 0.0, causal, None, false)
+            .view([b, heads, t, d])
     }
 
     fn write(&self, cached_bgkd: &Tensor, new_bgtd: &Tensor) {

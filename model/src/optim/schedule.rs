@@ -31,8 +31,11 @@ mod tests {
     fn warms_up_peaks_and_ends_at_the_floor() {
         for cosine in [true, false] {
             let (peak, warmup_steps, floor) = (1e-3, Some(10), 1e-4);
-            let schedule =
-                if cosine { Schedule::Cosine { peak, warmup_steps, floor } } else { Schedule::Linear { peak, warmup_steps, floor } };
+            let schedule = if cosine {
+                Schedule::Cosine { peak, warmup_steps, floor }
+            } else {
+                Schedule::Linear { peak, warmup_steps, floor }
+            };
             let at = |step| learning_rate(&schedule, step, 110);
             assert!((at(1) - 1e-4).abs() < 1e-12);
             assert!((at(10) - 1e-3).abs() < 1e-12);

@@ -43,8 +43,8 @@ pub fn import(file: &Path, output: &Path) -> Result<Tokenizer, Error> {
     if bytes.len() as u64 > MAX_FILE_BYTES {
         return Err(invalid(format!("the file is larger than {} MiB, the most that is read", MAX_FILE_BYTES >> 20)));
     }
-    let mut document: Value =
-        serde_json::from_slice(&bytes).map_err(|error| invalid(format!("the file is not JSON: {error}; upload a tokenizer.json")))?;
+    let mut document: Value = serde_json::from_slice(&bytes)
+        .map_err(|error| invalid(format!("the file is not JSON: {error}; upload a tokenizer.json")))?;
     let alphabet = alphabet(&document)?;
     for key in ["truncation", "padding", "post_processor"] {
         document[key] = Value::Null;
@@ -115,7 +115,9 @@ fn ids_of(inner: &Inner) -> Result<BTreeMap<String, u32>, Error> {
         return Err(invalid(format!("the id {id} belongs to {token:?} and to another token")));
     }
     if let Some(gap) = (0..).zip(&seen).find_map(|(expected, &id)| (expected != id).then_some(expected)) {
-        return Err(invalid(format!("no token has the id {gap}, though higher ids are used; number the tokens from 0 without a gap")));
+        return Err(invalid(format!(
+            "no token has the id {gap}, though higher ids are used; number the tokens from 0 without a gap"
+        )));
     }
     Ok(ids)
 }
@@ -159,7 +161,9 @@ fn check_bytes(inner: &Inner, alphabet: Alphabet) -> Result<(), Error> {
             let characters = byte_level_characters().into_iter().filter(|(_, byte)| occurs(byte));
             characters.filter(|(character, _)| inner.token_to_id(&character.to_string()).is_none()).count()
         }
-        Alphabet::ByteFallback => (0..=255u8).filter(occurs).filter(|byte| inner.token_to_id(&format!("<0x{byte:02X}>")).is_none()).count(),
+        Alphabet::ByteFallback => {
+            (0..=255u8).filter(occurs).filter(|byte| inner.token_to_id(&format!("<0x{byte:02X}>")).is_none()).count()
+        }
     };
     if missing > 0 {
         return Err(invalid(format!(

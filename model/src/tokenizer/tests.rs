@@ -22,7 +22,8 @@ fn dataset(folder: &Path, texts: impl IntoIterator<Item = String>) -> PathBuf {
 }
 
 fn sentences() -> impl Iterator<Item = String> {
-    let words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "while", "seventeen", "naïve", "poets", "whisper"];
+    let words =
+        ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "while", "seventeen", "naïve", "poets", "whisper"];
     (0..200).map(move |n| (0..9).map(|k| words[(n * 7 + k * k + n / 5) % words.len()]).collect::<Vec<_>>().join(" "))
 }
 
@@ -86,7 +87,9 @@ fn a_vocabulary_beyond_the_text_says_what_is_possible() {
     let folder = tempfile::tempdir().unwrap();
     let dataset = dataset(folder.path(), sentences());
     let output = folder.path().join("tokenizer");
-    let Err(Error::VocabularyTooLarge { asked: 50_000, possible }) = train(&dataset, 50_000, &output) else { panic!("it was trained") };
+    let Err(Error::VocabularyTooLarge { asked: 50_000, possible }) = train(&dataset, 50_000, &output) else {
+        panic!("it was trained")
+    };
     assert!(possible > MIN_VOCABULARY && possible < 2_000, "{possible}");
     assert!(!output.exists());
     train(&dataset, possible, &output).unwrap();
@@ -121,7 +124,8 @@ fn statistics_count_tokens_and_lengths() {
 /// A byte-level tokenizer as others write it, with `extra` set on top.
 fn foreign(extra: &[(&str, Value)]) -> Value {
     let mut vocabulary = serde_json::Map::new();
-    let mut characters: Vec<(u8, char)> = super::train::byte_level_characters().into_iter().map(|(character, byte)| (byte, character)).collect();
+    let mut characters: Vec<(u8, char)> =
+        super::train::byte_level_characters().into_iter().map(|(character, byte)| (byte, character)).collect();
     characters.sort();
     for (byte, character) in characters {
         vocabulary.insert(character.to_string(), json!(byte));

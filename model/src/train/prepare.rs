@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use super::{Halt, resolve, run::{Data, Run}};
+use super::{
+    Halt, resolve,
+    run::{Data, Run},
+};
 use crate::{
     arch::{Gpt, gpt},
     checkpoint,
@@ -67,7 +70,9 @@ fn fit_vocabulary(vocabulary: &mut i64, tokenizer: i64) -> Result<(), Halt> {
         *vocabulary = tokenizer;
     }
     if *vocabulary != tokenizer {
-        let message = format!("the model has {vocabulary} tokens and the tokenizer {tokenizer}: use the tokenizer that the model was trained with");
+        let message = format!(
+            "the model has {vocabulary} tokens and the tokenizer {tokenizer}: use the tokenizer that the model was trained with"
+        );
         return Err(failure::new(FailureCode::InvalidTokenizer, message).into());
     }
     Ok(())
@@ -79,7 +84,10 @@ fn prepare_data(task: &TrainTask, tokenizer: &Tokenizer, threads: usize) -> Resu
     let shard_of = |dataset: &Path, dataset_sha256: &str| {
         let tokenizer_sha256 = task.tokenizer_sha256.as_str();
         let method = &spec.method;
-        Shard::prepare(&task.shard_cache, Source { dataset, dataset_sha256, tokenizer, tokenizer_sha256, method, context, threads })
+        Shard::prepare(
+            &task.shard_cache,
+            Source { dataset, dataset_sha256, tokenizer, tokenizer_sha256, method, context, threads },
+        )
     };
     let shard = shard_of(&task.dataset, &task.dataset_sha256)?;
     let whole = matches!(spec.method, Method::Instruction { .. });

@@ -27,7 +27,9 @@ pub fn resolve(train: &mut TrainConfig, model: &ModelConfig, sequences: u64, val
         ((epochs * sequences as f64 / train.batch_size as f64).ceil() as u64).max(1)
     });
     match &mut train.schedule {
-        Schedule::Cosine { warmup_steps, .. } | Schedule::Linear { warmup_steps, .. } | Schedule::Constant { warmup_steps, .. } => {
+        Schedule::Cosine { warmup_steps, .. }
+        | Schedule::Linear { warmup_steps, .. }
+        | Schedule::Constant { warmup_steps, .. } => {
             warmup_steps.get_or_insert(steps.div_ceil(50));
         }
     }

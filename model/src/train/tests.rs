@@ -4,8 +4,8 @@ use super::*;
 use crate::{
     checkpoint,
     config::{
-        Activation, Architecture, JobSpec, Method, ModelConfig, Norm, Objective, Optimizer, Positions, Precision, SPEC_VERSION, Schedule,
-        Template, TrainConfig, Validation,
+        Activation, Architecture, JobSpec, Method, ModelConfig, Norm, Objective, Optimizer, Positions, Precision, SPEC_VERSION,
+        Schedule, Template, TrainConfig, Validation,
     },
     data::rows::{Row, Turn, Writer},
     protocol::{Command, DeviceChoice, FailureCode, MetricRow},
@@ -308,7 +308,11 @@ fn an_open_spec_is_resolved_and_epochs_become_steps() {
 
 #[test]
 fn shards_are_found_again_and_hold_every_token_once() {
-    use crate::data::{packing::Packing, packing, shards::{Shard, Source}};
+    use crate::data::{
+        packing,
+        packing::Packing,
+        shards::{Shard, Source},
+    };
     let rows: Vec<Row> = (0..30).map(|i| Row::Text { text: "word ".repeat(i) }).collect();
     let bench = Bench::new(&rows);
     let tokenizer = Tokenizer::load(&bench.path("tokenizer")).unwrap();
@@ -334,7 +338,9 @@ fn shards_are_found_again_and_hold_every_token_once() {
     for index in 0..packing.len() {
         let pieces = packing.sequence(index);
         assert!(pieces.iter().map(|piece| piece.len).sum::<u32>() <= 32);
-        pieces.iter().for_each(|piece| (piece.start..piece.start + u64::from(piece.len)).for_each(|input| seen[input as usize] += 1));
+        pieces
+            .iter()
+            .for_each(|piece| (piece.start..piece.start + u64::from(piece.len)).for_each(|input| seen[input as usize] += 1));
     }
     // Every token but the last of its document is an input once.
     for document in packing::all(&shard) {

@@ -27,7 +27,10 @@ use crate::{
 const PREVIEW_BYTES: usize = 4 << 20;
 
 pub fn router() -> OpenApiRouter<AppState> {
-    OpenApiRouter::new().routes(routes!(list_dataset_rows)).routes(routes!(list_dataset_errors)).routes(routes!(get_dataset_statistics))
+    OpenApiRouter::new()
+        .routes(routes!(list_dataset_rows))
+        .routes(routes!(list_dataset_errors))
+        .routes(routes!(get_dataset_statistics))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]
@@ -73,7 +76,11 @@ impl RowObject {
         match row {
             Row::Text { text } => RowObject { index, text: Some(text), system: None, turns: None },
             Row::Conversation { system, turns } => {
-                let turns = turns.into_iter().map(|turn| TurnObject { instruction: turn.instruction, input: turn.input, output: turn.output });
+                let turns = turns.into_iter().map(|turn| TurnObject {
+                    instruction: turn.instruction,
+                    input: turn.input,
+                    output: turn.output,
+                });
                 RowObject { index, text: None, system, turns: Some(turns.collect()) }
             }
         }
@@ -98,7 +105,12 @@ pub struct RowList {
     get, path = "/v1/datasets/{dataset_id}/rows", operation_id = "list_dataset_rows", tag = "datasets", params(("dataset_id" = String, Path), PreviewQuery),
     responses((status = 200, description = "A page", body = RowList), (status = 409, description = "The dataset is not ready"))
 )]
-async fn list_dataset_rows(State(state): State<AppState>, project: Project, Path(id): Path<String>, Query(query): Query<PreviewQuery>) -> Result<Json<RowList>, ApiError> {
+async fn list_dataset_rows(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+    Query(query): Query<PreviewQuery>,
+) -> Result<Json<RowList>, ApiError> {
     let mut conn = state.db.acquire().await?;
     let dataset = super::find(&mut conn, &project.project_id, &id).await?;
     drop(conn);
@@ -159,7 +171,12 @@ pub struct BadRowList {
     get, path = "/v1/datasets/{dataset_id}/errors", operation_id = "list_dataset_errors", tag = "datasets", params(("dataset_id" = String, Path), PreviewQuery),
     responses((status = 200, description = "A page", body = BadRowList))
 )]
-async fn list_dataset_errors(State(state): State<AppState>, project: Project, Path(id): Path<String>, Query(query): Query<PreviewQuery>) -> Result<Json<BadRowList>, ApiError> {
+async fn list_dataset_errors(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+    Query(query): Query<PreviewQuery>,
+) -> Result<Json<BadRowList>, ApiError> {
     let mut conn = state.db.acquire().await?;
     super::find(&mut conn, &project.project_id, &id).await?;
     let limit = query.limit.unwrap_or(20) as usize;
@@ -287,9 +304,14 @@ async fn count_tokens(conn: &mut PgConnection, project_id: &str, dataset: &str, 
     };
     let job_id = job.id.clone();
     queue::enqueue(&mut tx, job).await.map_err(resource::not_enqueued)?;
-    sqlx::query!("INSERT INTO dataset_token_statistics (dataset_id, tokenizer_id, job_id) VALUES ($1, $2, $3)", dataset, tokenizer, job_id)
-        .execute(&mut *tx)
-        .await?;
+    sqlx::query!(
+        "INSERT INTO dataset_token_statistics (dataset_id, tokenizer_id, job_id) VALUES ($1, $2, $3)",
+        dataset,
+        tokenizer,
+        job_id
+    )
+    .execute(&mut *tx)
+    .await?;
     tx.commit().await?;
     Ok(Counted { state: StateName::Queued, statistics: None, error: None })
 }

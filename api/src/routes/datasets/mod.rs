@@ -154,7 +154,11 @@ pub(super) async fn find(conn: &mut PgConnection, project_id: &str, id: &str) ->
         (status = 422, description = "Fields contradict one another"),
     )
 )]
-async fn create_dataset(State(state): State<AppState>, project: Project, Body(body): Body<CreateDataset>) -> Result<(StatusCode, Json<DatasetObject>), ApiError> {
+async fn create_dataset(
+    State(state): State<AppState>,
+    project: Project,
+    Body(body): Body<CreateDataset>,
+) -> Result<(StatusCode, Json<DatasetObject>), ApiError> {
     let source = body.source.resolve()?;
     let new = NewDataset { name: &body.name, source, metadata: body.metadata.unwrap_or_default(), implicit: false };
     let mut conn = state.db.acquire().await?;
@@ -187,7 +191,11 @@ impl NewDataset<'_> {
         let id = ids::new("ds");
         let source = serde_json::to_value(&self.source).map_err(ApiError::internal)?;
         let metadata = self.metadata.to_row();
-        let job = NewJob { dataset_id: Some(id.clone()), needs, ..resource::light_job(project_id, Some(self.name), Spec::Ingest { source: self.source }) };
+        let job = NewJob {
+            dataset_id: Some(id.clone()),
+            needs,
+            ..resource::light_job(project_id, Some(self.name), Spec::Ingest { source: self.source })
+        };
         let job_id = job.id.clone();
         queue::enqueue(conn, job).await.map_err(resource::not_enqueued)?;
         sqlx::query!(
@@ -241,7 +249,12 @@ async fn find_excluded(conn: &mut PgConnection, project_id: &str, exclude: &[Str
 
 /// The job to wait for before a dataset can be read, if it is not ready. Locks the dataset against
 /// deletion until the transaction ends. `param` is the field that names it.
-pub(super) async fn find_usable(conn: &mut PgConnection, project_id: &str, id: &str, param: &str) -> Result<Option<String>, ApiError> {
+pub(super) async fn find_usable(
+    conn: &mut PgConnection,
+    project_id: &str,
+    id: &str,
+    param: &str,
+) -> Result<Option<String>, ApiError> {
     let row = sqlx::query!(
         r#"SELECT state AS "state: ResourceState", job_id FROM datasets WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR SHARE"#,
         id,
@@ -259,12 +272,17 @@ pub(super) async fn find_usable(conn: &mut PgConnection, project_id: &str, id: &
 
 /// List datasets
 #[utoipa::path(get, path = "/v1/datasets", operation_id = "list_datasets", tag = "datasets", params(ListQuery), responses((status = 200, description = "A page", body = List<DatasetObject>)))]
-async fn list_datasets(State(state): State<AppState>, project: Project, Query(query): Query<ListQuery>) -> Result<Json<List<DatasetObject>>, ApiError> {
+async fn list_datasets(
+    State(state): State<AppState>,
+    project: Project,
+    Query(query): Query<ListQuery>,
+) -> Result<Json<List<DatasetObject>>, ApiError> {
     let mut page = query.first();
     if let Some(id) = query.after {
-        let created_at = sqlx::query_scalar!("SELECT created_at FROM datasets WHERE id = $1 AND project_id = $2", id, project.project_id)
-            .fetch_optional(&state.db)
-            .await?;
+        let created_at =
+            sqlx::query_scalar!("SELECT created_at FROM datasets WHERE id = $1 AND project_id = $2", id, project.project_id)
+                .fetch_optional(&state.db)
+                .await?;
         page = page.after(id, created_at)?;
     }
     let rows = sqlx::query_as!(
@@ -292,7 +310,11 @@ async fn list_datasets(State(state): State<AppState>, project: Project, Query(qu
     get, path = "/v1/datasets/{dataset_id}", operation_id = "get_dataset", tag = "datasets", params(("dataset_id" = String, Path)),
     responses((status = 200, description = "The dataset", body = DatasetObject))
 )]
-async fn get_dataset(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<DatasetObject>, ApiError> {
+async fn get_dataset(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+) -> Result<Json<DatasetObject>, ApiError> {
     let mut conn = state.db.acquire().await?;
     Ok(Json(find(&mut conn, &project.project_id, &id).await?.into()))
 }
@@ -305,13 +327,21 @@ async fn get_dataset(State(state): State<AppState>, project: Project, Path(id): 
     delete, path = "/v1/datasets/{dataset_id}", operation_id = "delete_dataset", tag = "datasets", params(("dataset_id" = String, Path)),
     responses((status = 200, description = "Deleted", body = Deleted), (status = 409, description = "Unfinished work needs it; the message names it"))
 )]
-async fn delete_dataset(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<Deleted>, ApiError> {
+async fn delete_dataset(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+) -> Result<Json<Deleted>, ApiError> {
     let mut conn = state.db.acquire().await?;
     let mut tx = conn.begin().await?;
-    let row = sqlx::query!("SELECT job_id, artifact FROM datasets WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR UPDATE", id, project.project_id)
-        .fetch_optional(&mut *tx)
-        .await?
-        .ok_or_else(|| ApiError::not_found("dataset", &id))?;
+    let row = sqlx::query!(
+        "SELECT job_id, artifact FROM datasets WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR UPDATE",
+        id,
+        project.project_id
+    )
+    .fetch_optional(&mut *tx)
+    .await?
+    .ok_or_else(|| ApiError::not_found("dataset", &id))?;
     let users = sqlx::query_scalar!(
         "SELECT id FROM jobs
          WHERE finished_at IS NULL AND id <> $2

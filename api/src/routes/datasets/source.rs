@@ -213,7 +213,8 @@ impl SourceBody {
                 for (index, template) in templates.iter().enumerate() {
                     template.check(&format!("source.templates[{index}]"))?;
                 }
-                let templates = templates.iter().map(TemplateBody::resolve).collect::<Result<_, _>>().map_err(ApiError::internal)?;
+                let templates =
+                    templates.iter().map(TemplateBody::resolve).collect::<Result<_, _>>().map_err(ApiError::internal)?;
                 Ok(DatasetSource::Template { rows, seed: seed.unwrap_or(0), exclude: exclude.unwrap_or_default(), templates })
             }
         }
@@ -232,9 +233,15 @@ impl TemplateBody {
             let at = format!("{at}.variables.{name}");
             match variable {
                 VariableBody::Range(RangeVariable { range }) if range.first() > range.last() => {
-                    return Err(ApiError::unprocessable("contradiction", format!("{at}.range"), format!("`{at}.range` ends before it begins.")));
+                    return Err(ApiError::unprocessable(
+                        "contradiction",
+                        format!("{at}.range"),
+                        format!("`{at}.range` ends before it begins."),
+                    ));
                 }
-                VariableBody::Sample(SampleVariable { sample }) if sample.repeat != Some(true) && sample.count as usize > sample.from.len() => {
+                VariableBody::Sample(SampleVariable { sample })
+                    if sample.repeat != Some(true) && sample.count as usize > sample.from.len() =>
+                {
                     let message = format!("`{at}.sample` draws more values than there are; allow `repeat` or draw fewer.");
                     return Err(ApiError::unprocessable("contradiction", format!("{at}.sample.count"), message));
                 }

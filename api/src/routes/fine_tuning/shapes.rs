@@ -256,8 +256,12 @@ impl FineTuningJobObject {
             training_file: row.training_file.or(row.dataset_id).unwrap_or_default(),
             validation_file: row.validation_file,
             integrations: Vec::new(),
-            estimated_finish: left.map(|left| (OffsetDateTime::now_utc() + time::Duration::seconds_f64(left.min(1e9))).unix_timestamp()),
-            method: ResolvedMethod { r#type: FineTuningMethodType::Supervised, supervised: ResolvedSupervised { hyperparameters } },
+            estimated_finish: left
+                .map(|left| (OffsetDateTime::now_utc() + time::Duration::seconds_f64(left.min(1e9))).unix_timestamp()),
+            method: ResolvedMethod {
+                r#type: FineTuningMethodType::Supervised,
+                supervised: ResolvedSupervised { hyperparameters },
+            },
             metadata: Metadata::from_row(row.metadata),
             user_provided_suffix: request.and_then(|request| request.suffix),
             state: row.state.into(),

@@ -18,7 +18,10 @@ use crate::{
 };
 
 pub fn router() -> OpenApiRouter<AppState> {
-    OpenApiRouter::new().routes(routes!(cancel_training_job)).routes(routes!(pause_training_job)).routes(routes!(resume_training_job))
+    OpenApiRouter::new()
+        .routes(routes!(cancel_training_job))
+        .routes(routes!(pause_training_job))
+        .routes(routes!(resume_training_job))
 }
 
 /// What can be asked of a job.
@@ -53,7 +56,9 @@ impl Action {
 fn refused(error: TransitionError, id: &str, participle: &str) -> ApiError {
     match error {
         TransitionError::NotFound => ApiError::not_found("training job", id),
-        TransitionError::Illegal { from } => ApiError::conflict(format!("The job `{id}` is {from} and cannot be {participle}.")).with_code("illegal_state"),
+        TransitionError::Illegal { from } => {
+            ApiError::conflict(format!("The job `{id}` is {from} and cannot be {participle}.")).with_code("illegal_state")
+        }
         TransitionError::Database(error) => error.into(),
     }
 }
@@ -71,7 +76,11 @@ async fn act(state: &AppState, project: &Project, id: &str, action: Action) -> R
     post, path = "/v1/training/jobs/{job_id}/cancel", operation_id = "cancel_training_job", tag = "training", params(("job_id" = String, Path)),
     responses((status = 200, description = "The job", body = TrainingJobObject), (status = 409, description = "It has ended"))
 )]
-async fn cancel_training_job(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<TrainingJobObject>, ApiError> {
+async fn cancel_training_job(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+) -> Result<Json<TrainingJobObject>, ApiError> {
     act(&state, &project, &id, Action::Cancel).await
 }
 
@@ -82,7 +91,11 @@ async fn cancel_training_job(State(state): State<AppState>, project: Project, Pa
     post, path = "/v1/training/jobs/{job_id}/pause", operation_id = "pause_training_job", tag = "training", params(("job_id" = String, Path)),
     responses((status = 200, description = "The job", body = TrainingJobObject), (status = 409, description = "It has ended or is being cancelled"))
 )]
-async fn pause_training_job(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<TrainingJobObject>, ApiError> {
+async fn pause_training_job(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+) -> Result<Json<TrainingJobObject>, ApiError> {
     act(&state, &project, &id, Action::Pause).await
 }
 
@@ -91,7 +104,11 @@ async fn pause_training_job(State(state): State<AppState>, project: Project, Pat
     post, path = "/v1/training/jobs/{job_id}/resume", operation_id = "resume_training_job", tag = "training", params(("job_id" = String, Path)),
     responses((status = 200, description = "The job", body = TrainingJobObject), (status = 409, description = "It has ended or is still stopping"))
 )]
-async fn resume_training_job(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<TrainingJobObject>, ApiError> {
+async fn resume_training_job(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+) -> Result<Json<TrainingJobObject>, ApiError> {
     act(&state, &project, &id, Action::Resume).await
 }
 
@@ -102,7 +119,11 @@ async fn resume_training_job(State(state): State<AppState>, project: Project, Pa
     delete, path = "/v1/training/jobs/{job_id}", operation_id = "delete_training_job", tag = "training", params(("job_id" = String, Path)),
     responses((status = 200, description = "Deleted", body = Deleted), (status = 409, description = "It has not ended, or an unfinished job needs it"))
 )]
-pub(super) async fn delete_training_job(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<Deleted>, ApiError> {
+pub(super) async fn delete_training_job(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+) -> Result<Json<Deleted>, ApiError> {
     let mut conn = state.db.acquire().await?;
     let mut tx = conn.begin().await?;
     super::find(&mut tx, &project.project_id, &id).await?;

@@ -75,7 +75,8 @@ pub(in crate::routes) async fn insert(
     stored: Value,
     suffix: Option<&str>,
 ) -> Result<String, ApiError> {
-    let mut needs: Vec<String> = datasets::find_usable(conn, project_id, &request.dataset, "dataset").await?.into_iter().collect();
+    let mut needs: Vec<String> =
+        datasets::find_usable(conn, project_id, &request.dataset, "dataset").await?.into_iter().collect();
     let mut validation_dataset_id = None;
     if let Some(Validation::Dataset { dataset }) = &request.validation {
         needs.extend(datasets::find_usable(conn, project_id, dataset, "validation.dataset").await?);
@@ -93,7 +94,8 @@ pub(in crate::routes) async fn insert(
     let model_id = match &start.base_model_id {
         None => ids::new_dashed("model"),
         Some(base) => {
-            let project = sqlx::query_scalar!("SELECT name FROM projects WHERE id = $1", project_id).fetch_one(&mut *conn).await?;
+            let project =
+                sqlx::query_scalar!("SELECT name FROM projects WHERE id = $1", project_id).fetch_one(&mut *conn).await?;
             tuned_model_id(base, &project, suffix.unwrap_or_default(), &id)
         }
     };
@@ -144,10 +146,16 @@ pub(in crate::routes) async fn insert(
     Ok(id)
 }
 
-async fn start_fresh(conn: &mut PgConnection, project_id: &str, mut config: ModelConfig, tokenizer: &str) -> Result<Start, ApiError> {
+async fn start_fresh(
+    conn: &mut PgConnection,
+    project_id: &str,
+    mut config: ModelConfig,
+    tokenizer: &str,
+) -> Result<Start, ApiError> {
     let needs = tokenizers::find_usable(conn, project_id, tokenizer, "tokenizer").await?;
     if needs.is_none() {
-        let vocabulary = sqlx::query_scalar!("SELECT vocabulary FROM tokenizers WHERE id = $1", tokenizer).fetch_one(conn).await?;
+        let vocabulary =
+            sqlx::query_scalar!("SELECT vocabulary FROM tokenizers WHERE id = $1", tokenizer).fetch_one(conn).await?;
         config.vocabulary = vocabulary.unwrap_or(0);
     }
     Ok(Start { config, tokenizer_id: Some(tokenizer.to_owned()), base_model_id: None, needs })
@@ -174,9 +182,13 @@ async fn start_from(conn: &mut PgConnection, project_id: &str, base: &str) -> Re
 }
 
 async fn check_after(conn: &mut PgConnection, project_id: &str, after: &[String]) -> Result<(), ApiError> {
-    let found = sqlx::query_scalar!("SELECT id FROM jobs WHERE id = ANY($1) AND project_id = $2 AND deleted_at IS NULL", after, project_id)
-        .fetch_all(conn)
-        .await?;
+    let found = sqlx::query_scalar!(
+        "SELECT id FROM jobs WHERE id = ANY($1) AND project_id = $2 AND deleted_at IS NULL",
+        after,
+        project_id
+    )
+    .fetch_all(conn)
+    .await?;
     match after.iter().position(|id| !found.contains(id)) {
         Some(index) => Err(resource::unknown("job", &after[index], &format!("after[{index}]"))),
         None => Ok(()),
@@ -203,6 +215,9 @@ mod tests {
     fn tuned_models_are_named_like_openai_s() {
         let id = tuned_model_id("model-1", "My project", "Sums: v2", "ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N");
         assert_eq!(id, "ft:model-1:my-project:sums--v2:8x2y6c0v1b4n");
-        assert_eq!(tuned_model_id(&id, "p", "", "ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N").split(':').collect::<Vec<_>>()[..4], ["ft", "model-1", "p", ""]);
+        assert_eq!(
+            tuned_model_id(&id, "p", "", "ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N").split(':').collect::<Vec<_>>()[..4],
+            ["ft", "model-1", "p", ""]
+        );
     }
 }

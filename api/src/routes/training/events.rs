@@ -134,7 +134,10 @@ async fn list_training_events(
     drop(conn);
     let text = |name| headers.get(name).and_then(|value: &axum::http::HeaderValue| value.to_str().ok());
     let after = match text(header::HeaderName::from_static("last-event-id")) {
-        Some(last) => last.trim().parse().map_err(|_| ApiError::bad_request("Last-Event-ID", "`Last-Event-ID` must be the integer id of an event."))?,
+        Some(last) => last
+            .trim()
+            .parse()
+            .map_err(|_| ApiError::bad_request("Last-Event-ID", "`Last-Event-ID` must be the integer id of an event."))?,
         None => query.after.unwrap_or(0),
     };
     let accepts_stream = text(header::ACCEPT).is_some_and(|accept| accept.contains("text/event-stream"));
@@ -176,7 +179,13 @@ fn follow(state: &AppState, job_id: String, after: i64) -> Response {
     Sse::new(ReceiverStream::new(receiver)).keep_alive(keep_alive).into_response()
 }
 
-async fn send_events(db: &PgPool, job_id: &str, mut after: i64, mut subscription: Subscription, sender: &mpsc::Sender<Result<Event, axum::Error>>) {
+async fn send_events(
+    db: &PgPool,
+    job_id: &str,
+    mut after: i64,
+    mut subscription: Subscription,
+    sender: &mpsc::Sender<Result<Event, axum::Error>>,
+) {
     loop {
         match send_batch(db, job_id, &mut after, sender).await {
             Ok(Progress::More) => {}
@@ -197,9 +206,16 @@ enum Progress {
     Ended,
 }
 
-async fn send_batch(db: &PgPool, job_id: &str, after: &mut i64, sender: &mpsc::Sender<Result<Event, axum::Error>>) -> Result<Progress, sqlx::Error> {
+async fn send_batch(
+    db: &PgPool,
+    job_id: &str,
+    after: &mut i64,
+    sender: &mpsc::Sender<Result<Event, axum::Error>>,
+) -> Result<Progress, sqlx::Error> {
     // Asked before the events are: a job seen as ended has written its last one.
-    let ended = sqlx::query_scalar!(r#"SELECT finished_at IS NOT NULL AS "ended!" FROM jobs WHERE id = $1"#, job_id).fetch_one(db).await?;
+    let ended = sqlx::query_scalar!(r#"SELECT finished_at IS NOT NULL AS "ended!" FROM jobs WHERE id = $1"#, job_id)
+        .fetch_one(db)
+        .await?;
     let rows = events_after(db, job_id, *after, BATCH).await?;
     let count = rows.len() as i64;
     for row in rows {

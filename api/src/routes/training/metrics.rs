@@ -95,7 +95,8 @@ async fn list_training_metrics(
     )
     .fetch_all(&mut *conn)
     .await?;
-    let accepts_csv = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).is_some_and(|accept| accept.starts_with("text/csv"));
+    let accepts_csv =
+        headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).is_some_and(|accept| accept.starts_with("text/csv"));
     let csv = query.format.map_or(accepts_csv, |format| format == MetricsFormat::Csv);
     if csv {
         return Ok(([(header::CONTENT_TYPE, "text/csv; charset=utf-8")], csv_of(&data)).into_response());

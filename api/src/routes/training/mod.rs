@@ -292,7 +292,10 @@ pub(super) fn milliseconds(time: OffsetDateTime) -> f64 {
 }
 
 pub(super) async fn find(conn: &mut PgConnection, project_id: &str, id: &str) -> Result<JobRow, ApiError> {
-    select_jobs!("AND j.id = $1 AND j.project_id = $2", id, project_id).fetch_optional(conn).await?.ok_or_else(|| ApiError::not_found("training job", id))
+    select_jobs!("AND j.id = $1 AND j.project_id = $2", id, project_id)
+        .fetch_optional(conn)
+        .await?
+        .ok_or_else(|| ApiError::not_found("training job", id))
 }
 
 /// Which training jobs.
@@ -347,9 +350,13 @@ async fn list_training_jobs(
 
 /// The page after a training job.
 pub(super) async fn page_after(state: &AppState, project: &Project, page: Page, id: String) -> Result<Page, ApiError> {
-    let created_at = sqlx::query_scalar!("SELECT created_at FROM jobs WHERE id = $1 AND project_id = $2 AND kind = 'train'", id, project.project_id)
-        .fetch_optional(&state.db)
-        .await?;
+    let created_at = sqlx::query_scalar!(
+        "SELECT created_at FROM jobs WHERE id = $1 AND project_id = $2 AND kind = 'train'",
+        id,
+        project.project_id
+    )
+    .fetch_optional(&state.db)
+    .await?;
     page.after(id, created_at)
 }
 
@@ -358,7 +365,11 @@ pub(super) async fn page_after(state: &AppState, project: &Project, page: Page, 
     get, path = "/v1/training/jobs/{job_id}", operation_id = "get_training_job", tag = "training", params(("job_id" = String, Path)),
     responses((status = 200, description = "The job", body = TrainingJobObject))
 )]
-async fn get_training_job(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<TrainingJobObject>, ApiError> {
+async fn get_training_job(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+) -> Result<Json<TrainingJobObject>, ApiError> {
     let mut conn = state.db.acquire().await?;
     Ok(Json(find(&mut conn, &project.project_id, &id).await?.into()))
 }

@@ -51,7 +51,11 @@ pub struct CheckpointObject {
     get, path = "/v1/training/jobs/{job_id}/checkpoints", operation_id = "list_training_checkpoints", tag = "training", params(("job_id" = String, Path)),
     responses((status = 200, description = "The checkpoints", body = List<CheckpointObject>))
 )]
-async fn list_training_checkpoints(State(state): State<AppState>, project: Project, Path(id): Path<String>) -> Result<Json<List<CheckpointObject>>, ApiError> {
+async fn list_training_checkpoints(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+) -> Result<Json<List<CheckpointObject>>, ApiError> {
     let mut conn = state.db.acquire().await?;
     super::find(&mut conn, &project.project_id, &id).await?;
     let page = Page::first(MOST_CHECKPOINTS, None);
@@ -106,7 +110,12 @@ pub struct LogsObject {
     get, path = "/v1/training/jobs/{job_id}/logs", operation_id = "get_training_logs", tag = "training", params(("job_id" = String, Path), LogsQuery),
     responses((status = 200, description = "The tail", body = LogsObject))
 )]
-async fn get_training_logs(State(state): State<AppState>, project: Project, Path(id): Path<String>, Query(query): Query<LogsQuery>) -> Result<Json<LogsObject>, ApiError> {
+async fn get_training_logs(
+    State(state): State<AppState>,
+    project: Project,
+    Path(id): Path<String>,
+    Query(query): Query<LogsQuery>,
+) -> Result<Json<LogsObject>, ApiError> {
     let mut conn = state.db.acquire().await?;
     let job = super::find(&mut conn, &project.project_id, &id).await?;
     drop(conn);

@@ -121,7 +121,10 @@ async fn a_pretraining_job_waits_for_what_it_names(db: PgPool) {
     assert_eq!((&job["state"], &job["object"], &job["attempts"]), (&json!("blocked"), &json!("training.job"), &json!(0)));
     assert!(job["model"].as_str().unwrap().starts_with("model-"));
     assert_eq!(job["hyperparameters"]["schedule"], json!({"type": "cosine", "peak": 1e-3, "warmup_steps": null, "floor": 1e-4}));
-    assert_eq!((&job["steps"], &job["hyperparameters"]["precision"], &job["hyperparameters"]["max_attempts"]), (&json!(10), &Value::Null, &json!(3)));
+    assert_eq!(
+        (&job["steps"], &job["hyperparameters"]["precision"], &job["hyperparameters"]["max_attempts"]),
+        (&json!(10), &Value::Null, &json!(3))
+    );
     assert_eq!((&job["metadata"], &job["model_config"]["mlp_width"]), (&json!({"a": "b"}), &json!(64)));
     let path = format!("/v1/training/jobs/{}", job["id"].as_str().unwrap());
     assert_eq!(api.ok("GET", &path, None).await, job);
@@ -254,8 +257,25 @@ async fn fine_tuning_has_openai_s_shape(db: PgPool) {
         "hyperparameters": {"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": 2.0}});
     let job = api.ok("POST", "/v1/fine_tuning/jobs", Some(body.clone())).await;
     for key in [
-        "id", "object", "created_at", "error", "fine_tuned_model", "finished_at", "hyperparameters", "model", "organization_id", "result_files", "seed",
-        "status", "trained_tokens", "training_file", "validation_file", "estimated_finish", "integrations", "method", "metadata",
+        "id",
+        "object",
+        "created_at",
+        "error",
+        "fine_tuned_model",
+        "finished_at",
+        "hyperparameters",
+        "model",
+        "organization_id",
+        "result_files",
+        "seed",
+        "status",
+        "trained_tokens",
+        "training_file",
+        "validation_file",
+        "estimated_finish",
+        "integrations",
+        "method",
+        "metadata",
     ] {
         assert!(job.get(key).is_some(), "{key} is missing");
     }
@@ -263,7 +283,10 @@ async fn fine_tuning_has_openai_s_shape(db: PgPool) {
     assert_eq!(job["hyperparameters"], json!({"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": 2.0}));
     let id = job["id"].as_str().unwrap();
     let native = api.ok("GET", &format!("/v1/training/jobs/{id}"), None).await;
-    assert_eq!((&native["hyperparameters"]["schedule"]["peak"], &native["hyperparameters"]["epochs"]), (&json!(2e-4), &json!(2.0)));
+    assert_eq!(
+        (&native["hyperparameters"]["schedule"]["peak"], &native["hyperparameters"]["epochs"]),
+        (&json!(2e-4), &json!(2.0))
+    );
     assert!(native["model"].as_str().unwrap().starts_with(&format!("ft:{}:default:sums:", base["model"].as_str().unwrap())));
     let list = api.ok("GET", "/v1/fine_tuning/jobs", None).await;
     assert_eq!(list["data"].as_array().unwrap().len(), 1, "pretraining does not show");
@@ -278,7 +301,12 @@ async fn fine_tuning_has_openai_s_shape(db: PgPool) {
         ("model", json!("model-missing"), 404, "model"),
         ("integrations", json!([]), 400, "integrations"),
         ("method", json!({"type": "dpo"}), 400, "method.type"),
-        ("method", json!({"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 0}}}), 400, "method.supervised.hyperparameters.n_epochs"),
+        (
+            "method",
+            json!({"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 0}}}),
+            400,
+            "method.supervised.hyperparameters.n_epochs",
+        ),
     ] {
         let mut body = body.clone();
         body[field] = value;
@@ -297,7 +325,8 @@ async fn token_statistics_are_counted_once(db: PgPool) {
         let (status, answer) = api.send("GET", &path, None).await;
         assert_eq!((status, &answer["state"]), (StatusCode::ACCEPTED, &json!("queued")));
     }
-    let counting: Vec<String> = sqlx::query_scalar("SELECT id FROM jobs WHERE kind = 'statistics'").fetch_all(&api.db).await.unwrap();
+    let counting: Vec<String> =
+        sqlx::query_scalar("SELECT id FROM jobs WHERE kind = 'statistics'").fetch_all(&api.db).await.unwrap();
     assert_eq!(counting.len(), 1);
     sqlx::query("UPDATE dataset_token_statistics SET statistics = $1")
         .bind(json!({"tokens": 9, "length": {"p50": 1, "p90": 2, "p99": 3, "max": 4}}))
@@ -314,11 +343,13 @@ async fn metrics_are_thinned_and_come_as_csv(db: PgPool) {
     let api = Api::start(db).await;
     let job = api.pretraining().await;
     let id = job["id"].as_str().unwrap();
-    sqlx::query("INSERT INTO job_metrics SELECT $1, n, 1.5, 0.1, 1, 10, 100, CASE WHEN n = 7 THEN 2.5 END FROM generate_series(1, 100) n")
-        .bind(id)
-        .execute(&api.db)
-        .await
-        .unwrap();
+    sqlx::query(
+        "INSERT INTO job_metrics SELECT $1, n, 1.5, 0.1, 1, 10, 100, CASE WHEN n = 7 THEN 2.5 END FROM generate_series(1, 100) n",
+    )
+    .bind(id)
+    .execute(&api.db)
+    .await
+    .unwrap();
     let path = format!("/v1/training/jobs/{id}/metrics");
     assert_eq!(api.ok("GET", &path, None).await["data"].as_array().unwrap().len(), 100);
     let thin = api.ok("GET", &format!("{path}?points=10"), None).await;

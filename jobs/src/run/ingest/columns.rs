@@ -18,9 +18,11 @@ pub fn check(columns: &Columns) -> Result<(), String> {
     let shapes = [has(Role::Text).then_some(Role::Text), has(Role::Messages).then_some(Role::Messages), pair];
     let mut named = shapes.into_iter().flatten();
     match (named.next(), named.next()) {
-        (Some(one), Some(other)) => {
-            Err(format!("a row is one of text, messages, or instruction and output: `{}` and `{}` exclude each other", one.as_str(), other.as_str()))
-        }
+        (Some(one), Some(other)) => Err(format!(
+            "a row is one of text, messages, or instruction and output: `{}` and `{}` exclude each other",
+            one.as_str(),
+            other.as_str()
+        )),
         _ => Ok(()),
     }
 }
@@ -87,7 +89,11 @@ fn pair(columns: &Columns, instruction: &str, output: &str, record: &Map<String,
     let input = optional(input_key, record)?.unwrap_or_default();
     let system = optional(key(columns, Role::System), record)?.filter(|text| !text.trim().is_empty());
     if output_text.trim().is_empty() {
-        return Err(RowError::new(RowCode::Empty, Some(output), format!("`{}` is empty: there is nothing to learn", shown(output))));
+        return Err(RowError::new(
+            RowCode::Empty,
+            Some(output),
+            format!("`{}` is empty: there is nothing to learn", shown(output)),
+        ));
     }
     if instruction_text.trim().is_empty() && input.trim().is_empty() {
         return Err(RowError::new(RowCode::Empty, Some(instruction), format!("`{}` is empty", shown(instruction))));
@@ -127,7 +133,9 @@ fn messages(key: &str, record: &Map<String, Value>) -> Result<Row, RowError> {
     let at = |index: usize, part: &str| format!("{}[{index}]{part}", shown(key));
     let list = match record.get(key) {
         Some(Value::Array(list)) => list,
-        None | Some(Value::Null) => return Err(RowError::new(RowCode::MissingField, Some(key), format!("`{}` is missing", shown(key)))),
+        None | Some(Value::Null) => {
+            return Err(RowError::new(RowCode::MissingField, Some(key), format!("`{}` is missing", shown(key))));
+        }
         Some(other) => {
             let message = format!("`{}` is {}, and must be an array of messages", shown(key), kind(other));
             return Err(RowError::new(RowCode::WrongType, Some(key), message));
@@ -139,15 +147,20 @@ fn messages(key: &str, record: &Map<String, Value>) -> Result<Row, RowError> {
         let (role, text) = message_parts(message).map_err(|(part, what)| bad(part, format!("message {}: {what}", index + 1)))?;
         match role {
             "system" | "developer" if index == 0 => system = Some(text).filter(|text| !text.trim().is_empty()),
-            "system" | "developer" => return Err(bad(".role", format!("message {}: a system message must come first", index + 1))),
+            "system" | "developer" => {
+                return Err(bad(".role", format!("message {}: a system message must come first", index + 1)));
+            }
             "user" if asked.is_none() => asked = Some(text),
             "user" => return Err(bad(".role", format!("message {}: two user messages without an answer between", index + 1))),
             "assistant" => {
-                let instruction = asked
-                    .take()
-                    .ok_or_else(|| bad(".role", format!("message {}: an assistant message must follow a user message", index + 1)))?;
+                let instruction = asked.take().ok_or_else(|| {
+                    bad(".role", format!("message {}: an assistant message must follow a user message", index + 1))
+                })?;
                 if text.trim().is_empty() {
-                    return Err(bad(".content", format!("message {}: the answer is empty: there is nothing to learn", index + 1)));
+                    return Err(bad(
+                        ".content",
+                        format!("message {}: the answer is empty: there is nothing to learn", index + 1),
+                    ));
                 }
                 turns.push(Turn { instruction, input: String::new(), output: text });
             }
@@ -183,7 +196,9 @@ fn message_parts(message: &Value) -> Result<(&str, String), (&'static str, Strin
         Some(Value::String(text)) => text.clone(),
         Some(Value::Array(parts)) => parts.iter().map(text_part).collect::<Result<String, _>>()?,
         None | Some(Value::Null) => return Err((".content", "has no `content`".to_owned())),
-        Some(other) => return Err((".content", format!("`content` is {}, and must be a text or a list of text parts", kind(other)))),
+        Some(other) => {
+            return Err((".content", format!("`content` is {}, and must be a text or a list of text parts", kind(other))));
+        }
     };
     Ok((role, text))
 }

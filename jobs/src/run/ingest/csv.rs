@@ -22,8 +22,14 @@ const BUFFER_BYTES: usize = 64 << 10;
 
 pub fn read(reader: impl Read, head: &[u8], columns: &Columns, sink: &mut Sink<'_>) -> Result<(), Failure> {
     let since_record = Rc::new(Cell::new(0));
-    let guard = Guard { reader, since_record: since_record.clone(), max: sink.max_line_bytes() + BUFFER_BYTES, name: sink.name().to_owned() };
-    let mut parser = csv::ReaderBuilder::new().delimiter(delimiter(head)).flexible(true).buffer_capacity(BUFFER_BYTES).from_reader(guard);
+    let guard = Guard {
+        reader,
+        since_record: since_record.clone(),
+        max: sink.max_line_bytes() + BUFFER_BYTES,
+        name: sink.name().to_owned(),
+    };
+    let mut parser =
+        csv::ReaderBuilder::new().delimiter(delimiter(head)).flexible(true).buffer_capacity(BUFFER_BYTES).from_reader(guard);
     let header = header(parser.byte_headers().map_err(parse_failure)?, sink.name())?;
     let mut record = csv::ByteRecord::new();
     loop {
@@ -56,10 +62,14 @@ pub fn delimiter(head: &[u8]) -> u8 {
 fn header(record: &csv::ByteRecord, name: &str) -> Result<Vec<String>, Failure> {
     let mut names: Vec<String> = Vec::new();
     for cell in record {
-        let cell = std::str::from_utf8(cell)
-            .map_err(|_| fail(FailureCode::InvalidEncoding, format!("line 1 of {name}, the header, is not UTF-8; save the file as UTF-8")))?;
+        let cell = std::str::from_utf8(cell).map_err(|_| {
+            fail(FailureCode::InvalidEncoding, format!("line 1 of {name}, the header, is not UTF-8; save the file as UTF-8"))
+        })?;
         if names.iter().any(|other| other == cell) {
-            return Err(fail(FailureCode::UnsupportedFormat, format!("the header of {name} names `{}` twice; rename one column", shown(cell))));
+            return Err(fail(
+                FailureCode::UnsupportedFormat,
+                format!("the header of {name} names `{}` twice; rename one column", shown(cell)),
+            ));
         }
         names.push(cell.to_owned());
     }
@@ -75,7 +85,8 @@ fn cells(header: &[String], record: &csv::ByteRecord) -> Result<Map<String, Valu
     let mut object = Map::new();
     for (key, cell) in header.iter().zip(record) {
         let text = std::str::from_utf8(cell).map_err(|error| {
-            let message = format!("invalid UTF-8 at byte {} of `{}`; save the file as UTF-8", error.valid_up_to() + 1, shown(key));
+            let message =
+                format!("invalid UTF-8 at byte {} of `{}`; save the file as UTF-8", error.valid_up_to() + 1, shown(key));
             RowError::new(RowCode::InvalidEncoding, Some(key), message).with_keys(keys())
         })?;
         object.insert(key.clone(), Value::String(text.to_owned()));
@@ -103,7 +114,8 @@ impl<R: Read> Read for Guard<R> {
         let read = self.reader.read(buffer)?;
         self.since_record.set(self.since_record.get() + read);
         if self.since_record.get() > self.max {
-            let message = format!("a record of {} is longer than {} bytes, or a quote is never closed", self.name, self.max - BUFFER_BYTES);
+            let message =
+                format!("a record of {} is longer than {} bytes, or a quote is never closed", self.name, self.max - BUFFER_BYTES);
             return Err(carry(fail(FailureCode::LineTooLong, message)));
         }
         Ok(read)

@@ -65,12 +65,17 @@ pub fn parse(bytes: &[u8], columns: &Columns) -> Result<Row, RowError> {
     let text = std::str::from_utf8(bytes).map_err(|error| invalid_encoding(&error))?;
     let repeated = RefCell::new(None);
     let mut deserializer = serde_json::Deserializer::from_str(text);
-    let value = Strict { repeated: &repeated }.deserialize(&mut deserializer).and_then(|value| deserializer.end().map(|()| value));
+    let value =
+        Strict { repeated: &repeated }.deserialize(&mut deserializer).and_then(|value| deserializer.end().map(|()| value));
     match value {
         Ok(Value::Object(record)) => columns::row(columns, &record),
-        Ok(other) => Err(RowError::new(RowCode::WrongType, None, format!("the row is {}, and must be an object", columns::kind(&other)))),
+        Ok(other) => {
+            Err(RowError::new(RowCode::WrongType, None, format!("the row is {}, and must be an object", columns::kind(&other))))
+        }
         Err(error) => Err(match repeated.take() {
-            Some(key) => RowError::new(RowCode::DuplicateKey, Some(&key), format!("the key `{}` stands twice in one object", shown(&key))),
+            Some(key) => {
+                RowError::new(RowCode::DuplicateKey, Some(&key), format!("the key `{}` stands twice in one object", shown(&key)))
+            }
             None => RowError::new(RowCode::InvalidJson, None, format!("not valid JSON: {error}")),
         }),
     }
@@ -217,7 +222,8 @@ impl<R: BufRead> Elements<R> {
                 return Ok(if whole { Element::Value } else { Element::Broken("the file ends inside a row") });
             }
             let buffer = self.reader.fill_buf()?;
-            let end = buffer.iter().enumerate().find_map(|(index, byte)| scan.step(*byte).map(|takes| index + usize::from(takes)));
+            let end =
+                buffer.iter().enumerate().find_map(|(index, byte)| scan.step(*byte).map(|takes| index + usize::from(takes)));
             let part = &buffer[..end.unwrap_or(buffer.len())];
             if self.bytes.len() + part.len() > self.max {
                 long = true;

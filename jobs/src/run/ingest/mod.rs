@@ -33,8 +33,8 @@ use lathe_model::{
 pub use columns::check as check_columns;
 pub use errors::{BadRow, MAX_KEPT_ERRORS, RowCode};
 pub use spec::{
-    Columns, Documents, FilesSource, Format, IngestSpec, InputFile, OnBadRow, Role, Sample, Source, TemplateSource, TemplateSpec, Variable,
-    Wordings,
+    Columns, Documents, FilesSource, Format, IngestSpec, InputFile, OnBadRow, Role, Sample, Source, TemplateSource, TemplateSpec,
+    Variable, Wordings,
 };
 pub use template::check as check_templates;
 
@@ -78,8 +78,8 @@ impl Ingested {
 /// A worker's task: [`run`] on the wire's shapes. Progress is reported as the number of rows, good
 /// and bad. A failure after `stop` was raised means nothing.
 pub fn task(spec: serde_json::Value, stop: &AtomicBool, report: &mut dyn FnMut(Report)) -> Result<TaskResult, Failure> {
-    let spec: IngestSpec =
-        serde_json::from_value(spec).map_err(|error| fail(FailureCode::Internal, format!("the ingestion's spec cannot be read: {error}")))?;
+    let spec: IngestSpec = serde_json::from_value(spec)
+        .map_err(|error| fail(FailureCode::Internal, format!("the ingestion's spec cannot be read: {error}")))?;
     let folder = spec.output.clone();
     let made = run(spec, &mut |progress| report(Report::Progress { step: progress.rows + progress.bad_rows }), stop)?;
     let statistics = made.statistics();

@@ -52,8 +52,11 @@ pub fn read(file: File, max_ratio: u64, columns: &Columns, sink: &mut Sink<'_>) 
     let bytes = file.metadata().map_err(read_failure)?.len();
     let left = max_ratio.saturating_mul(bytes).max(RATIO_FLOOR_BYTES);
     let name = sink.name().to_owned();
-    let damaged = |what: &dyn std::fmt::Display| fail(FailureCode::TruncatedFile, format!("{name} cannot be read as Parquet: {}", shown(&what.to_string())));
-    catch_unwind(AssertUnwindSafe(|| records(file, left, columns, sink, &damaged))).unwrap_or_else(|_| Err(damaged(&"its content is damaged")))
+    let damaged = |what: &dyn std::fmt::Display| {
+        fail(FailureCode::TruncatedFile, format!("{name} cannot be read as Parquet: {}", shown(&what.to_string())))
+    };
+    catch_unwind(AssertUnwindSafe(|| records(file, left, columns, sink, &damaged)))
+        .unwrap_or_else(|_| Err(damaged(&"its content is damaged")))
 }
 
 fn records(
@@ -69,7 +72,8 @@ fn records(
     let wanted = columns::keys(columns);
     let fields: Vec<Arc<Type>> = schema.get_fields().iter().filter(|field| wanted.contains(&field.name())).cloned().collect();
     if fields.is_empty() {
-        let error = columns::row(columns, &Map::new()).expect_err("an empty record is no row").with_keys(keys.iter().map(String::as_str));
+        let error =
+            columns::row(columns, &Map::new()).expect_err("an empty record is no row").with_keys(keys.iter().map(String::as_str));
         return sink.bad(1, error);
     }
     let projection = Type::group_type_builder(schema.name()).with_fields(fields).build().map_err(|error| damaged(&error))?;
@@ -79,7 +83,10 @@ fn records(
         let record = object(row.map_err(|error| damaged(&error))?);
         let size = size(&record);
         left = left.checked_sub(size as u64).ok_or_else(|| {
-            fail(FailureCode::DecompressionLimit, format!("{} unfolds to far more than its size; save it without dictionaries", sink.name()))
+            fail(
+                FailureCode::DecompressionLimit,
+                format!("{} unfolds to far more than its size; save it without dictionaries", sink.name()),
+            )
         })?;
         let row = match record {
             _ if size > max => Err(too_long("row", max)),
@@ -112,7 +119,9 @@ fn value(field: Field, key: &str) -> Result<Value, RowError> {
         Field::Float(value) => Value::from(value),
         Field::Double(value) => Value::from(value),
         Field::Group(row) => Value::Object(object(row)?),
-        Field::ListInternal(list) => list.elements().iter().map(|element| value(element.clone(), key)).collect::<Result<_, _>>()?,
+        Field::ListInternal(list) => {
+            list.elements().iter().map(|element| value(element.clone(), key)).collect::<Result<_, _>>()?
+        }
         Field::MapInternal(_) => Value::Object(Map::new()),
         // A number, date or time: no part of a row may be one, so only its kind is ever said.
         _ => Value::from(0),

@@ -17,7 +17,8 @@ fn ingest(bytes: &[u8], name: &str, format: Format, documents: Documents, on_bad
     let output = folder.path().join("dataset");
     let files = vec![InputFile { id: "file-1".into(), name: name.into(), path }];
     let source = Source::Files(FilesSource { files, format, columns: Columns::new(), documents, on_bad_row });
-    let spec = IngestSpec { source, output: output.clone(), max_bytes: MAX_BYTES, max_ratio: 100, max_line_bytes: MAX_LINE_BYTES };
+    let spec =
+        IngestSpec { source, output: output.clone(), max_bytes: MAX_BYTES, max_ratio: 100, max_line_bytes: MAX_LINE_BYTES };
     let outcome = run(spec, &mut |_| {}, &AtomicBool::new(false));
 
     assert_eq!(outcome.is_ok(), output.join("manifest.json").exists());
@@ -49,9 +50,38 @@ fn name() -> impl Strategy<Value = &'static str> {
 /// Bytes that look much like what the readers know, so that they get far.
 fn plausible() -> impl Strategy<Value = Vec<u8>> {
     let pieces = [
-        "{", "}", "[", "]", ",", ":", "\"", "\\", "\n", "\r\n", " ", "\t", ";", "text", "\"text\"", "\"output\"", "\"instruction\"", "\"messages\"",
-        "\"role\"", "\"user\"", "null", "1e999", "-0", "true", "\\ud800", "{\"text\":\"a\"}", "{\"question\":\"q\",\"answer\":\"a\"}", "question,answer\n",
-        "\u{feff}", "é", "\u{2028}", "PAR1",
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        ":",
+        "\"",
+        "\\",
+        "\n",
+        "\r\n",
+        " ",
+        "\t",
+        ";",
+        "text",
+        "\"text\"",
+        "\"output\"",
+        "\"instruction\"",
+        "\"messages\"",
+        "\"role\"",
+        "\"user\"",
+        "null",
+        "1e999",
+        "-0",
+        "true",
+        "\\ud800",
+        "{\"text\":\"a\"}",
+        "{\"question\":\"q\",\"answer\":\"a\"}",
+        "question,answer\n",
+        "\u{feff}",
+        "é",
+        "\u{2028}",
+        "PAR1",
     ];
     let piece = prop_oneof![
         8 => prop::sample::select(pieces.to_vec()).prop_map(|text| text.as_bytes().to_vec()),

@@ -57,7 +57,10 @@ impl Sink<'_> {
     pub fn row(&mut self, row: &Row) -> Result<(), Failure> {
         self.writer.push(row).map_err(write_failure)?;
         if self.writer.bytes_written() > self.max_bytes {
-            let message = format!("the rows need more than the {} bytes reserved for this dataset; split the set or free some space", self.max_bytes);
+            let message = format!(
+                "the rows need more than the {} bytes reserved for this dataset; split the set or free some space",
+                self.max_bytes
+            );
             return Err(fail(FailureCode::DiskFull, message));
         }
         self.tick()
@@ -65,7 +68,8 @@ impl Sink<'_> {
 
     pub fn bad(&mut self, line: u64, error: RowError) -> Result<(), Failure> {
         let RowError { code, field, message, keys } = error;
-        let bad = BadRow { file: self.file.0.clone(), name: self.file.1.clone(), line, code, field, message: clean(&message), keys };
+        let bad =
+            BadRow { file: self.file.0.clone(), name: self.file.1.clone(), line, code, field, message: clean(&message), keys };
         self.errors.push(bad).map_err(write_failure)?;
         self.tick()
     }

@@ -107,7 +107,12 @@ pub fn open(file: &InputFile, bounds: &Bounds) -> Result<Opened, Failure> {
             }
             _ => {
                 let reader: Box<dyn Read> = Box::new(again);
-                return Ok(Opened { reader: BufReader::with_capacity(HEAD_BYTES * 4, reader), head, compressed: depth > 0, bytes });
+                return Ok(Opened {
+                    reader: BufReader::with_capacity(HEAD_BYTES * 4, reader),
+                    head,
+                    compressed: depth > 0,
+                    bytes,
+                });
             }
         };
         if depth == MAX_LAYERS {
@@ -230,7 +235,9 @@ impl Magic {
     fn refusal(self, name: &str) -> Option<Failure> {
         match self {
             Magic::Refused(advice) => Some(fail(FailureCode::UnsupportedFormat, format!("{name} {advice}"))),
-            Magic::Utf16 => Some(fail(FailureCode::InvalidEncoding, format!("{name} is UTF-16, from byte 0 on; save it as UTF-8"))),
+            Magic::Utf16 => {
+                Some(fail(FailureCode::InvalidEncoding, format!("{name} is UTF-16, from byte 0 on; save it as UTF-8")))
+            }
             Magic::Gzip | Magic::Zstd | Magic::Other => None,
         }
     }

@@ -39,9 +39,10 @@ impl<'a> Space<'a> {
                 return Err((field(), "is no name: use letters, digits and underscores, a letter first".to_owned()));
             }
             let count = possibilities(variable).map_err(|what| (field(), what))?;
-            size = size.checked_mul(count).filter(|size| *size <= MAX_SPACE).ok_or_else(|| {
-                (field(), "makes more than 2^120 combinations; draw less".to_owned())
-            })?;
+            size = size
+                .checked_mul(count)
+                .filter(|size| *size <= MAX_SPACE)
+                .ok_or_else(|| (field(), "makes more than 2^120 combinations; draw less".to_owned()))?;
             variables.push((name.as_str(), variable, count));
         }
         Ok(Space { wordings, variables, size })
@@ -50,7 +51,8 @@ impl<'a> Space<'a> {
     /// The point with this number, below `size`.
     pub fn point(&self, mut index: u128) -> Point {
         let wording = take(&mut index, self.wordings) as usize;
-        let values = self.variables.iter().map(|(name, variable, count)| ((*name).to_owned(), value(variable, take(&mut index, *count))));
+        let values =
+            self.variables.iter().map(|(name, variable, count)| ((*name).to_owned(), value(variable, take(&mut index, *count))));
         Point { wording, values: values.collect() }
     }
 }
@@ -85,7 +87,10 @@ fn possibilities(variable: &Variable) -> Result<u128, String> {
                 return Err(format!("draws {count} of {} values; with `repeat` a value may come again", from.len()));
             }
             let factors = (0..u128::from(*count)).map(|taken| from.len() as u128 - taken);
-            factors.into_iter().try_fold(1u128, |product, factor| product.checked_mul(factor).filter(|p| *p <= MAX_SPACE)).ok_or_else(too_many)
+            factors
+                .into_iter()
+                .try_fold(1u128, |product, factor| product.checked_mul(factor).filter(|p| *p <= MAX_SPACE))
+                .ok_or_else(too_many)
         }
     }
 }
@@ -190,7 +195,13 @@ mod tests {
         let extremes = Variable::Range(i64::MIN, i64::MAX);
         assert_eq!(possibilities(&extremes), Ok(1 << 64));
         assert_eq!(value(&extremes, u128::from(u64::MAX)), Value::from(i64::MAX));
-        for json in [r#"{"range": [3, 2]}"#, r#"{"choice": []}"#, r#"{"digits": 0}"#, r#"{"digits": 99}"#, r#"{"sample": {"from": [1], "count": 2}}"#] {
+        for json in [
+            r#"{"range": [3, 2]}"#,
+            r#"{"choice": []}"#,
+            r#"{"digits": 0}"#,
+            r#"{"digits": 99}"#,
+            r#"{"sample": {"from": [1], "count": 2}}"#,
+        ] {
             assert!(possibilities(&serde_json::from_str(json).unwrap()).is_err(), "{json}");
         }
     }

@@ -58,7 +58,18 @@ pub fn make(source: &TemplateSource, output: &Path, sink: &mut Sink<'_>) -> Resu
         let quota = source.rows / count + u64::from(index < source.rows % count);
         let order = Permutation::new(space.size, source.seed, index);
         let patience = PATIENCE + 50 * quota + 50 * excluded;
-        makers.push(Maker { environment: &environment, template, space, order, index: index as usize, quota, cursor: 0, made: 0, patience, excluded: 0 });
+        makers.push(Maker {
+            environment: &environment,
+            template,
+            space,
+            order,
+            index: index as usize,
+            quota,
+            cursor: 0,
+            made: 0,
+            patience,
+            excluded: 0,
+        });
     }
     let mut keys = BufWriter::new(File::create(output.join(KEYS_FILE)).map_err(write_failure)?);
     for row in 0..source.rows {
@@ -81,7 +92,8 @@ fn compile(templates: &[TemplateSpec]) -> Result<(Environment<'_>, Vec<Space<'_>
     environment.add_filter("pad", pad);
     let mut spaces = Vec::new();
     for (index, template) in templates.iter().enumerate() {
-        let space = Space::new(template).map_err(|(field, what)| bad_template(format!("source.templates[{index}].{field}"), what))?;
+        let space =
+            Space::new(template).map_err(|(field, what)| bad_template(format!("source.templates[{index}].{field}"), what))?;
         for (field, text) in texts(template) {
             let path = format!("source.templates[{index}].{field}");
             environment.add_template_owned(name(index, &field), text).map_err(|error| bad_template(path, explain(&error)))?;
@@ -96,7 +108,8 @@ fn texts(template: &TemplateSpec) -> Vec<(String, &str)> {
     let wordings = template.instruction.as_slice();
     let instruction = |index: usize| if wordings.len() == 1 { "instruction".to_owned() } else { format!("instruction[{index}]") };
     let wordings = wordings.iter().enumerate().map(|(index, text)| (instruction(index), text.as_str()));
-    let others = [("input", template.input.as_deref()), ("output", Some(template.output.as_str())), ("key", template.key.as_deref())];
+    let others =
+        [("input", template.input.as_deref()), ("output", Some(template.output.as_str())), ("key", template.key.as_deref())];
     wordings.chain(others.into_iter().filter_map(|(field, text)| text.map(|text| (field.to_owned(), text)))).collect()
 }
 
@@ -120,7 +133,9 @@ fn converted(value: &serde_json::Value) -> minijinja::Value {
         },
         serde_json::Value::String(text) => minijinja::Value::from(text.as_str()),
         serde_json::Value::Array(values) => minijinja::Value::from(values.iter().map(converted).collect::<Vec<_>>()),
-        serde_json::Value::Object(object) => minijinja::Value::from_pairs(object.iter().map(|(key, value)| (key.clone(), converted(value)))),
+        serde_json::Value::Object(object) => {
+            minijinja::Value::from_pairs(object.iter().map(|(key, value)| (key.clone(), converted(value))))
+        }
     }
 }
 
@@ -143,7 +158,8 @@ fn explain(error: &minijinja::Error) -> String {
 }
 
 fn bad_template(param: String, what: String) -> Failure {
-    let message = format!("{param}: {}", what.chars().map(|c| if c.is_control() { ' ' } else { c }).take(500).collect::<String>());
+    let message =
+        format!("{param}: {}", what.chars().map(|c| if c.is_control() { ' ' } else { c }).take(500).collect::<String>());
     Failure { param: Some(param), ..fail(FailureCode::BadTemplate, message) }
 }
 
@@ -235,9 +251,12 @@ impl Maker<'_> {
         let instruction = self.render(&wording, point)?;
         let input = self.template.input.as_ref().map(|_| self.render("input", point)).transpose()?.unwrap_or_default();
         let output = self.render("output", point)?;
-        for (field, empty) in [(wording.as_str(), instruction.trim().is_empty() && input.trim().is_empty()), ("output", output.trim().is_empty())] {
+        for (field, empty) in
+            [(wording.as_str(), instruction.trim().is_empty() && input.trim().is_empty()), ("output", output.trim().is_empty())]
+        {
             if empty {
-                let what = format!("renders to nothing for the variables {}", shown(&serde_json::json!(point.values).to_string()));
+                let what =
+                    format!("renders to nothing for the variables {}", shown(&serde_json::json!(point.values).to_string()));
                 return Err(bad_template(self.path(field), what));
             }
         }
@@ -246,7 +265,9 @@ impl Maker<'_> {
 
     fn render(&self, field: &str, point: &Point) -> Result<String, Failure> {
         let template = self.environment.get_template(&name(self.index, field));
-        template.and_then(|template| template.render(context(point))).map_err(|error| bad_template(self.path(field), explain(&error)))
+        template
+            .and_then(|template| template.render(context(point)))
+            .map_err(|error| bad_template(self.path(field), explain(&error)))
     }
 
     fn path(&self, field: &str) -> String {

@@ -173,7 +173,15 @@ fn every_known_shape_is_read_from_lines() {
     let jsonl = records.iter().map(|record| format!("{record}\r\n\n")).collect::<String>();
     let array = serde_json::to_string_pretty(&records).unwrap();
     let stream = records.iter().map(|record| serde_json::to_string_pretty(record).unwrap()).collect::<Vec<_>>().join("\n");
-    for (name, content) in [("a.jsonl", &jsonl), ("a", &jsonl), ("a.json", &jsonl), ("a.json", &array), ("a.jsonl", &array), ("a", &array), ("a.json", &stream)] {
+    for (name, content) in [
+        ("a.jsonl", &jsonl),
+        ("a", &jsonl),
+        ("a.json", &jsonl),
+        ("a.json", &array),
+        ("a.jsonl", &array),
+        ("a", &array),
+        ("a.json", &stream),
+    ] {
         assert_eq!(Case::new(&[(name, content.as_bytes())]).rows(), expected, "{name}: {content}");
     }
 }
@@ -340,8 +348,18 @@ fn each_bad_row_has_its_line_field_and_keys() {
         (b"{\"text\": \"\xe9\"}", RowCode::InvalidEncoding, None, "byte 11"),
         (br#"{"messages": []}"#, RowCode::BadMessages, Some("messages"), "assistant"),
         (br#"{"messages": [{"role": "user", "content": "u"}]}"#, RowCode::BadMessages, Some("messages"), "end with"),
-        (br#"{"messages": [{"role": "assistant", "content": "u"}]}"#, RowCode::BadMessages, Some("messages[0].role"), "follow a user"),
-        (br#"{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": ""}]}"#, RowCode::BadMessages, Some("messages[1].content"), "nothing to learn"),
+        (
+            br#"{"messages": [{"role": "assistant", "content": "u"}]}"#,
+            RowCode::BadMessages,
+            Some("messages[0].role"),
+            "follow a user",
+        ),
+        (
+            br#"{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": ""}]}"#,
+            RowCode::BadMessages,
+            Some("messages[1].content"),
+            "nothing to learn",
+        ),
     ];
     for (line, code, field, word) in cases {
         let content = [b"{\"text\": \"good\"}\n\n", line, b"\n{\"text\": \"good too\"}\n"].concat();
@@ -360,7 +378,8 @@ fn each_bad_row_has_its_line_field_and_keys() {
 
 #[test]
 fn skipped_rows_are_counted_and_the_others_kept() {
-    let lines: String = (0..300).map(|n| if n % 3 == 0 { "{\"text\": \"row\"}\n".to_owned() } else { "{\"x\": 1}\n".to_owned() }).collect();
+    let lines: String =
+        (0..300).map(|n| if n % 3 == 0 { "{\"text\": \"row\"}\n".to_owned() } else { "{\"x\": 1}\n".to_owned() }).collect();
     let case = Case::new(&[("a.jsonl", lines.as_bytes())]).skip();
     let ingested = case.run().unwrap();
     assert_eq!((ingested.manifest.rows, ingested.bad_rows, ingested.manifest.duplicates), (100, 200, 99));
@@ -502,7 +521,8 @@ mod parquet_files {
         let mut writer =
             SerializedFileWriter::new(&mut bytes, Arc::new(parse_message_type(schema).unwrap()), Arc::new(properties)).unwrap();
         let mut group = writer.next_row_group().unwrap();
-        let texts = |prefix: &str, count: usize| (0..count).map(|n| ByteArray::from(format!("{prefix}{n}").as_str())).collect::<Vec<_>>();
+        let texts =
+            |prefix: &str, count: usize| (0..count).map(|n| ByteArray::from(format!("{prefix}{n}").as_str())).collect::<Vec<_>>();
         let mut column = group.next_column().unwrap().unwrap();
         column.typed::<ByteArrayType>().write_batch(&texts("q", rows), None, None).unwrap();
         column.close().unwrap();
@@ -520,7 +540,12 @@ mod parquet_files {
 
     #[test]
     fn records_are_rows() {
-        for compression in [Compression::UNCOMPRESSED, Compression::SNAPPY, Compression::ZSTD(Default::default()), Compression::GZIP(Default::default())] {
+        for compression in [
+            Compression::UNCOMPRESSED,
+            Compression::SNAPPY,
+            Compression::ZSTD(Default::default()),
+            Compression::GZIP(Default::default()),
+        ] {
             let case = Case::new(&[("data", &qa(1_000, compression))]).skip();
             let rows = case.rows();
             assert_eq!(rows.len(), 999);
@@ -539,7 +564,10 @@ mod parquet_files {
     fn wrong_columns_and_damage_are_named() {
         let bytes = qa(100, Compression::SNAPPY);
         let bad = Case::new(&[("data", &bytes)]).columns(&[(Role::Text, "body")]).bad_row();
-        assert_eq!((bad.field.as_deref(), bad.keys), (Some("body"), vec!["question".to_owned(), "answer".to_owned(), "id".to_owned()]));
+        assert_eq!(
+            (bad.field.as_deref(), bad.keys),
+            (Some("body"), vec!["question".to_owned(), "answer".to_owned(), "id".to_owned()])
+        );
         let bad = Case::new(&[("data", &qa(1, Compression::SNAPPY))]).columns(&[(Role::Text, "id")]).bad_row();
         assert_eq!(bad.code, RowCode::WrongType);
         for end in [4, 8, bytes.len() / 2, bytes.len() - 1] {
@@ -552,7 +580,8 @@ mod parquet_files {
         let schema = "message schema { required group messages (LIST) { repeated group list { required group element {
             required binary role (UTF8); required binary content (UTF8); } } } }";
         let mut bytes = Vec::new();
-        let mut writer = SerializedFileWriter::new(&mut bytes, Arc::new(parse_message_type(schema).unwrap()), Default::default()).unwrap();
+        let mut writer =
+            SerializedFileWriter::new(&mut bytes, Arc::new(parse_message_type(schema).unwrap()), Default::default()).unwrap();
         let mut group = writer.next_row_group().unwrap();
         for values in [["user", "assistant"], ["hello", "goodbye"]] {
             let mut column = group.next_column().unwrap().unwrap();
@@ -580,7 +609,14 @@ mod templates {
             Rules { folder: tempfile::tempdir().unwrap() }
         }
 
-        fn make(&self, name: &str, rows: u64, seed: u64, exclude: &[&str], templates: serde_json::Value) -> Result<Vec<Row>, Failure> {
+        fn make(
+            &self,
+            name: &str,
+            rows: u64,
+            seed: u64,
+            exclude: &[&str],
+            templates: serde_json::Value,
+        ) -> Result<Vec<Row>, Failure> {
             let output = self.folder.path().join(name);
             let source = TemplateSource {
                 rows,
@@ -588,8 +624,13 @@ mod templates {
                 templates: serde_json::from_value(templates).unwrap(),
                 exclude: exclude.iter().map(|name| self.folder.path().join(name)).collect(),
             };
-            let spec =
-                IngestSpec { source: Source::Template(source), output: output.clone(), max_bytes: 1 << 30, max_ratio: 100, max_line_bytes: 1 << 20 };
+            let spec = IngestSpec {
+                source: Source::Template(source),
+                output: output.clone(),
+                max_bytes: 1 << 30,
+                max_ratio: 100,
+                max_line_bytes: 1 << 20,
+            };
             let ingested = run(spec, &mut |_| {}, &AtomicBool::new(false))?;
             assert_eq!((ingested.manifest.rows, ingested.manifest.duplicates), (rows, 0));
             Ok(super::rows(&output))
@@ -693,7 +734,12 @@ mod templates {
         let rules = Rules::new();
         let failure = rules.make("d", 3, 1, &[], templates.clone()).unwrap_err();
         assert_eq!(failure.code, FailureCode::NotEnoughDistinctRows);
-        assert!(failure.message.contains("(coin)") && failure.message.contains("2 of the 3") && failure.message.contains("all 3 combinations"), "{failure:?}");
+        assert!(
+            failure.message.contains("(coin)")
+                && failure.message.contains("2 of the 3")
+                && failure.message.contains("all 3 combinations"),
+            "{failure:?}"
+        );
         rules.make("d", 2, 1, &[], templates.clone()).unwrap();
         let failure = rules.make("e", 1, 1, &["d"], templates).unwrap_err();
         assert!(failure.message.contains("3 belong to excluded"), "{failure:?}");
@@ -708,7 +754,10 @@ mod templates {
             (json!({"instruction": "i", "output": "{{ missing }}"}), "output"),
             (json!({"instruction": "i", "output": " "}), "output"),
             (json!({"instruction": "i", "output": "{{ 1 / 0 }}x{{ a.b.c }}"}), "output"),
-            (json!({"instruction": "i", "output": "{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}"}), "output"),
+            (
+                json!({"instruction": "i", "output": "{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}"}),
+                "output",
+            ),
             (json!({"instruction": "i", "output": "{{ 'x' * 1000000000 }}"}), "output"),
             (json!({"instruction": "i", "output": "{{ 1|pad(1000000000) }}"}), "output"),
             (json!({"instruction": "i", "output": "{% include 'x' %}"}), "output"),

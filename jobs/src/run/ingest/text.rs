@@ -48,7 +48,11 @@ impl Document {
         if self.bad.is_some() {
             return;
         }
-        let checked = if line.too_long { Err(too_long("line", max)) } else { std::str::from_utf8(line.bytes).map_err(|error| invalid_encoding(&error)) };
+        let checked = if line.too_long {
+            Err(too_long("line", max))
+        } else {
+            std::str::from_utf8(line.bytes).map_err(|error| invalid_encoding(&error))
+        };
         match checked {
             Ok(text) => {
                 self.text.push_str(text);

@@ -79,7 +79,8 @@ fn padded_rows_are_zero_and_get_no_gradient() {
         logits.log_softmax(-1, Kind::Float).i((.., .., 0)).sum(Kind::Float).backward();
         for entry in parameters.entries() {
             let rows = entry.parts.last().unwrap().rows.end;
-            let padding = |tensor: &Tensor| tensor.narrow(0, rows, tensor.size()[0] - rows).abs().sum(Kind::Float).double_value(&[]);
+            let padding =
+                |tensor: &Tensor| tensor.narrow(0, rows, tensor.size()[0] - rows).abs().sum(Kind::Float).double_value(&[]);
             assert_eq!(padding(&entry.tensor), 0.0);
             assert_eq!(padding(&entry.tensor.grad()), 0.0);
         }
