@@ -40,7 +40,8 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
             let Some(id) =
                 sqlx::query_scalar!("SELECT id FROM models WHERE job_id = $1", lease.job_id).fetch_optional(&mut *tx).await?
             else {
-                return Ok(unclaimed(lease));
+                unclaimed(lease);
+                return Ok(());
             };
             let key = format!("models/{id}");
             let bytes = put(artifacts, folder, &key).await?;
@@ -65,7 +66,8 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
             let Some(id) =
                 sqlx::query_scalar!("SELECT id FROM tokenizers WHERE job_id = $1", lease.job_id).fetch_optional(&mut *tx).await?
             else {
-                return Ok(unclaimed(lease));
+                unclaimed(lease);
+                return Ok(());
             };
             let key = format!("tokenizers/{id}");
             put(artifacts, folder, &key).await?;
@@ -86,7 +88,8 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
             let Some(id) =
                 sqlx::query_scalar!("SELECT id FROM datasets WHERE job_id = $1", lease.job_id).fetch_optional(&mut *tx).await?
             else {
-                return Ok(unclaimed(lease));
+                unclaimed(lease);
+                return Ok(());
             };
             let key = format!("datasets/{id}");
             put(artifacts, folder, &key).await?;

@@ -122,7 +122,7 @@ mod tests {
         let row = Row::Conversation { system: None, turns: vec![turn("ab", "", "c")] };
         let rendered = render(&tokenizer, &row);
         assert_eq!(rendered.ids, [INS, letter('a'), letter('b'), INS, letter('c'), EOS]);
-        assert_eq!(rendered.supervised, [4..6]);
+        assert_eq!(rendered.supervised, vec![std::ops::Range { start: 4, end: 6 }]);
     }
 
     #[test]

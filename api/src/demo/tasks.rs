@@ -31,7 +31,7 @@ pub const MAX_TOKENS: u32 = 24;
 const TRAIN_ROWS: u64 = 36_000;
 const HELD_OUT_ROWS: u64 = 1_080;
 const VOCABULARY: u64 = 1_024;
-const PRETRAIN_STEPS: u64 = 300;
+const PRETRAIN_STEPS: u64 = 150;
 const TUNE_STEPS: u64 = 4_000;
 
 /// Questions that are asked at the same time.

@@ -193,10 +193,9 @@ impl Run {
                 report.event(Level::Warn, "step.skipped", &message, data);
             }
             let rule = &self.spec.train.divergence;
-            self.state.divergence.observe(rule, step, loss as f32, norm as f32).map_err(|failure| {
+            self.state.divergence.observe(rule, step, loss as f32, norm as f32).inspect_err(|failure| {
                 let data = serde_json::json!({ "step": step, "loss": loss.to_string(), "grad_norm": norm.to_string() });
                 report.event(Level::Error, "diverged", &failure.message, data);
-                failure
             })?;
         }
         if self.progress.elapsed() >= PROGRESS_INTERVAL || self.state.step == 1 {
