@@ -77,7 +77,7 @@ pub enum Command {
     /// Make, list and revoke API keys.
     Key(KeyArgs),
     /// Train and tune a small model through the API of a fresh server, and show its answers.
-    Demo(DemoConfig),
+    Demo(Box<DemoConfig>),
 }
 
 #[derive(Clone, Debug, Args)]

@@ -49,7 +49,7 @@ fn run(command: Command, log: &LogOptions) -> Result<ExitCode, Box<dyn Error + S
                 Ok(runner::run(config, stopped()?).await?)
             }
             Command::Engine(args) => Ok(engine_server::run(args, stopped()?).await?),
-            Command::Demo(config) => Ok(demo::run(config, stopped()?).await?),
+            Command::Demo(config) => Ok(demo::run(*config, stopped()?).await?),
             Command::Migrate(args) => {
                 let database = Database::attach(&args).await?;
                 let migrated = match database.connect().await {

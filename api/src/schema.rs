@@ -285,6 +285,7 @@ mod tests {
         let drawing =
             read::<Drawing>(json!({"shapes": [{"type": "square", "sides": [1], "name": null}], "title": null})).unwrap();
         assert_eq!(drawing.shapes, [Shape::Square { sides: vec![1], name: None }]);
+        assert_eq!(drawing.title, None);
     }
 
     #[test]

@@ -4,4 +4,6 @@ mod api;
 mod auth;
 mod contract;
 mod files;
+mod openai_sdk;
 mod processes;
+mod training;

@@ -51,7 +51,10 @@ async fn from_rules_to_a_tuned_model() {
 
     let done = app.wait_for(&path(&pretraining), &["succeeded"]).await;
     assert_eq!((&done["step"], &done["steps"], &done["error"]), (&json!(40), &json!(40), &Value::Null));
-    assert!(done["hyperparameters"]["micro_batch_size"].is_u64() && done["hyperparameters"]["schedule"]["warmup_steps"].is_u64(), "{done}");
+    assert!(
+        done["hyperparameters"]["micro_batch_size"].is_u64() && done["hyperparameters"]["schedule"]["warmup_steps"].is_u64(),
+        "{done}"
+    );
     assert!(!done["checkpoints"].as_array().expect("a list").is_empty());
     let metrics = app.get(&format!("{}/metrics", path(&pretraining))).await.ok();
     let losses: Vec<f64> = metrics["data"].as_array().expect("a list").iter().filter_map(|row| row["loss"].as_f64()).collect();

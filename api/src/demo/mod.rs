@@ -3,9 +3,12 @@
 //! It starts `lathe serve` and is from then on an ordinary client of the HTTP API, never a way
 //! around it. The flow, in [`tasks`] for the built-in tasks and in [`own_files`] for the user's:
 //!
-//! 1. datasets, 2. a tokenizer, 3. a GPT pretrained, 4. the same model tuned to instructions,
-//! 5. its answers scored (built-in tasks only), 6. three answers streamed; then it serves on until it
-//! is stopped.
+//! 1. datasets;
+//! 2. a tokenizer;
+//! 3. a GPT pretrained;
+//! 4. the same model tuned to instructions;
+//! 5. its answers scored (built-in tasks only);
+//! 6. three answers streamed; then it serves on until it is stopped.
 //!
 //! Every training runs for a fixed number of steps, so a slow machine shows the same model later.
 //! A stage that fails, or a score under [`tasks::WANTED`], ends the run with an error.

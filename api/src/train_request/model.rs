@@ -18,6 +18,7 @@ const SWIGLU_MULTIPLE: i64 = 64;
 
 /// Shapes known by name. GPT-2's are those of Radford et al. 2019, table 2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
+#[allow(clippy::enum_variant_names, reason = "the family is part of each name, and other families follow")]
 pub enum Preset {
     #[serde(rename = "gpt2-small")]
     Gpt2Small,
