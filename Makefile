@@ -30,7 +30,7 @@ demo: build ## Corpus to answering model in five minutes; stays serving until Ct
 
 test: setup ## Run every test
 	@$(ENV) cargo build --locked --workspace --all-targets; \
-	  python3 .ci/with_postgres.py cargo test --locked --workspace
+	  python3 .ci/with_postgres.py cargo test --locked --workspace --no-fail-fast
 
 check: setup ## Format, lints, generated files fresh
 	@$(ENV) cargo fmt --all --check; \

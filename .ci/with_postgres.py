@@ -3,8 +3,8 @@
 
     with_postgres.py COMMAND [ARGUMENT ...]
 
-The cluster lives in a temporary folder, listens on a Unix socket there and on nothing else, and is
-gone when the command ends. As root the server runs under another user, which PostgreSQL demands;
+The cluster lives in a temporary folder, listens on loopback alone, and is gone when the command
+ends. As root the server runs under another user, which PostgreSQL demands;
 where that user cannot reach the binaries (a private home), a copy is taken. `--migrate` before the
 command applies migrations/*.sql first.
 """
@@ -12,11 +12,11 @@ command applies migrations/*.sql first.
 import os
 import pwd
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,13 +61,16 @@ def main() -> int:
         os.chmod(folder, 0o755)
         cluster = folder / "cluster"
         run(binaries / "initdb", "-D", cluster, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
-        settings = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off -c max_connections=300"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off -c max_connections=300"
         run(binaries / "pg_ctl", "-D", cluster, "-o", settings, "-l", folder / "log", "-w", "start")
-        environment = os.environ | {"DATABASE_URL": f"postgres://postgres@localhost/postgres?host={quote(str(folder), safe='')}"}
+        environment = os.environ | {"DATABASE_URL": f"postgres://postgres@127.0.0.1:{port}/postgres"}
         try:
             if migrate:
                 for file in sorted((ROOT / "migrations").glob("*.sql")):
-                    run(binaries / "psql", "-q", "-v", "ON_ERROR_STOP=1", "-h", folder, "-U", "postgres", "-d", "postgres",
+                    run(binaries / "psql", "-q", "-v", "ON_ERROR_STOP=1", "-h", folder, "-p", str(port), "-U", "postgres", "-d", "postgres",
                         "-f", "-", input=file.read_bytes())
             return subprocess.run(command, env=environment).returncode
         finally:

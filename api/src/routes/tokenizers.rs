@@ -175,7 +175,7 @@ pub(super) async fn find_usable(
     param: &str,
 ) -> Result<Option<String>, ApiError> {
     let row = sqlx::query!(
-        r#"SELECT state AS "state: ResourceState", job_id FROM tokenizers WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR SHARE"#,
+        r#"SELECT state AS "state: ResourceState", job_id FROM tokenizers WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR KEY SHARE"#,
         id,
         project_id,
     )
@@ -247,7 +247,7 @@ async fn insert_trained(conn: &mut PgConnection, project_id: &str, body: TrainTo
 
 async fn insert_imported(conn: &mut PgConnection, project_id: &str, body: ImportTokenizer) -> Result<String, ApiError> {
     sqlx::query_scalar!(
-        "SELECT id FROM files WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > now()) FOR SHARE",
+        "SELECT id FROM files WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > now()) FOR KEY SHARE",
         body.file,
         project_id,
     )

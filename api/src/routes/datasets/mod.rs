@@ -226,7 +226,7 @@ impl NewDataset<'_> {
 async fn find_files(conn: &mut PgConnection, project_id: &str, files: &[String]) -> Result<(), ApiError> {
     let found = sqlx::query_scalar!(
         "SELECT id FROM files
-         WHERE id = ANY($1) AND project_id = $2 AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > now()) FOR SHARE",
+         WHERE id = ANY($1) AND project_id = $2 AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > now()) FOR KEY SHARE",
         files,
         project_id,
     )
@@ -256,7 +256,7 @@ pub(super) async fn find_usable(
     param: &str,
 ) -> Result<Option<String>, ApiError> {
     let row = sqlx::query!(
-        r#"SELECT state AS "state: ResourceState", job_id FROM datasets WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR SHARE"#,
+        r#"SELECT state AS "state: ResourceState", job_id FROM datasets WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR KEY SHARE"#,
         id,
         project_id,
     )

@@ -165,7 +165,7 @@ async fn start_fresh(
 async fn start_from(conn: &mut PgConnection, project_id: &str, base: &str) -> Result<Start, ApiError> {
     let row = sqlx::query!(
         r#"SELECT state AS "state: ResourceState", job_id, config, tokenizer_id FROM models
-           WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR SHARE"#,
+           WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR KEY SHARE"#,
         base,
         project_id,
     )
