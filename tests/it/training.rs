@@ -13,7 +13,7 @@ fn text(value: &Value) -> &str {
 /// A dataset of small sums and a tokenizer made of it; neither is waited for.
 async fn ingredients(app: &TestApp) -> (Value, Value) {
     let source = json!({"type": "template", "rows": 200, "seed": 7, "templates": [
-        {"instruction": "{{ a }}+{{ b }}?", "output": "{{ a + b }}", "variables": {"a": {"range": [0, 99]}, "b": {"range": [0, 99]}}}]});
+        {"instruction": "What is {{ a }} plus {{ b }}?", "output": "{{ a + b }}", "variables": {"a": {"range": [0, 99]}, "b": {"range": [0, 99]}}}]});
     let dataset = app.post_json("/v1/datasets", &json!({"name": "sums", "source": source})).await.ok()["id"].clone();
     let tokenizer = json!({"name": "small", "type": "bpe", "dataset": dataset, "vocab_size": 280});
     (dataset, app.post_json("/v1/tokenizers", &tokenizer).await.ok()["id"].clone())
