@@ -111,10 +111,10 @@ impl Drop for Api {
 }
 
 const RESOURCES: &str = r#"
-INSERT INTO jobs (id, project_id, kind, state, pool, spec, queued_at) VALUES
-    ('job_ds', 'PROJECT', 'ingest', 'queued', 'light', '{"kind": "ingest"}', now()),
-    ('job_tok', 'PROJECT', 'tokenizer', 'queued', 'light', '{"kind": "tokenizer"}', now()),
-    ('ftjob-test', 'PROJECT', 'train', 'queued', 'device', '{"kind": "train", "method": {"type": "instruction", "template": "ins"}}', now());
+INSERT INTO jobs (id, project_id, kind, state, pool, spec, base_model_id, queued_at) VALUES
+    ('job_ds', 'PROJECT', 'ingest', 'queued', 'light', '{"kind": "ingest"}', NULL, now()),
+    ('job_tok', 'PROJECT', 'tokenizer', 'queued', 'light', '{"kind": "tokenizer"}', NULL, now()),
+    ('ftjob-test', 'PROJECT', 'train', 'queued', 'device', '{"kind": "train", "method": {"type": "instruction", "template": "ins"}}', 'model-base', now());
 INSERT INTO datasets (id, project_id, name, state, job_id, source) VALUES ('ds_test', 'PROJECT', 'test', 'queued', 'job_ds', '{}');
 INSERT INTO tokenizers (id, project_id, name, state, job_id, type) VALUES ('tok_test', 'PROJECT', 'test', 'queued', 'job_tok', 'bpe');
 INSERT INTO models (id, project_id, name, state, job_id, config, code_version) VALUES ('model-test', 'PROJECT', 'test', 'queued', 'ftjob-test', '{}', '0');
