@@ -112,6 +112,9 @@ pub struct StoreArgs {
     /// Where files, datasets, checkpoints and models are kept [default: artifacts in the data directory].
     #[arg(long, env = "LATHE_ARTIFACTS", value_name = "FOLDER")]
     pub artifacts: Option<PathBuf>,
+    /// Free bytes of the artifacts' disk below which `/readyz` fails and no job starts.
+    #[arg(long, env = "LATHE_DISK_LOW", default_value_t = 1 << 30, value_name = "BYTES")]
+    pub disk_low_bytes: u64,
 }
 
 impl StoreArgs {
@@ -160,9 +163,6 @@ pub struct ApiOptions {
     /// A token of its own for `/metrics`, besides admin keys.
     #[arg(long, env = "LATHE_METRICS_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub metrics_token: Option<String>,
-    /// Free bytes of the artifacts' disk below which `/readyz` fails and jobs wait.
-    #[arg(long, env = "LATHE_DISK_LOW", default_value_t = 1 << 30, value_name = "BYTES")]
-    pub disk_low_bytes: u64,
 }
 
 impl ApiOptions {
@@ -174,7 +174,6 @@ impl ApiOptions {
             ("LATHE_PART_LIMIT", self.part_limit.to_string()),
             ("LATHE_HEADER_SECONDS", self.header_seconds.to_string()),
             ("LATHE_IDLE_BODY_SECONDS", self.idle_body_seconds.to_string()),
-            ("LATHE_DISK_LOW", self.disk_low_bytes.to_string()),
         ];
         pairs.extend(self.api_key.clone().map(|key| ("LATHE_API_KEY", key)));
         pairs.extend(self.metrics_token.clone().map(|token| ("LATHE_METRICS_TOKEN", token)));
@@ -185,13 +184,13 @@ impl ApiOptions {
         pairs
     }
 
-    pub fn config(&self) -> ApiConfig {
+    pub fn config(&self, store: &StoreArgs) -> ApiConfig {
         ApiConfig {
             file_limit: self.file_limit,
             part_limit: self.part_limit,
             cors_origins: self.cors_origins.clone(),
             metrics_token: self.metrics_token.clone(),
-            disk_low_bytes: self.disk_low_bytes,
+            disk_low_bytes: store.disk_low_bytes,
             header_timeout: Duration::from_secs(self.header_seconds),
             idle_body_timeout: Duration::from_secs(self.idle_body_seconds),
             ..ApiConfig::default()
@@ -232,12 +231,13 @@ impl RunnerOptions {
         ]
     }
 
-    pub fn config(&self, database_url: String, artifacts: PathBuf) -> RunnerConfig {
+    pub fn config(&self, database_url: String, store: &StoreArgs, database: &DatabaseArgs) -> RunnerConfig {
         RunnerConfig {
+            disk_low_bytes: store.disk_low_bytes,
             lease_seconds: self.lease_seconds,
             internal_addr: self.internal_addr,
             deterministic_decode: self.deterministic_decode,
-            ..RunnerConfig::new(database_url, artifacts)
+            ..RunnerConfig::new(database_url, store.folder(database))
         }
     }
 }

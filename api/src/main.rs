@@ -45,7 +45,7 @@ fn run(command: Command, log: &LogOptions) -> Result<ExitCode, Box<dyn Error + S
             Command::Serve(args) => Ok(supervisor::serve(&args, log, stopped()?).await?),
             Command::Api(args) => run_api(*args).await,
             Command::Runner(args) => {
-                let config = args.options.config(required(&args.database)?, args.store.folder(&args.database));
+                let config = args.options.config(required(&args.database)?, &args.store, &args.database);
                 Ok(runner::run(config, stopped()?).await?)
             }
             Command::Engine(args) => Ok(engine_server::run(args, stopped()?).await?),
@@ -88,7 +88,7 @@ async fn run_api(args: ApiArgs) -> Outcome {
     }
     drop(conn);
     let artifacts = Artifacts::open(args.store.folder(&args.database))?;
-    let state = AppState::new(db, artifacts, args.options.config());
+    let state = AppState::new(db, artifacts, args.options.config(&args.store));
     let (stop, shutdown) = (stopped()?, state.shutdown.clone());
     tokio::spawn(async move {
         stop.await;

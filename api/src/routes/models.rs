@@ -192,7 +192,7 @@ async fn delete_model(
         let message = format!("The model '{id}' is needed by unfinished jobs: {}. Cancel them first.", users.join(", "));
         return Err(ApiError::conflict(message).with_code("in_use"));
     }
-    sqlx::query!("UPDATE models SET deleted_at = now() WHERE id = $1", id).execute(&mut *transaction).await?;
+    sqlx::query!("UPDATE models SET deleted_at = now(), artifact = NULL WHERE id = $1", id).execute(&mut *transaction).await?;
     let replicas = sqlx::query_scalar!(
         "UPDATE replicas SET state = 'stopping' WHERE model_id = $1 AND state IN ('queued', 'starting', 'ready') RETURNING id",
         id

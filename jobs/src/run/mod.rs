@@ -163,17 +163,23 @@ async fn dataset_folder(context: &Context, id: Option<&str>) -> Result<Resource,
     Ok(Resource { folder: existing(context, &row.artifact)?, sha256: row.sha256 })
 }
 
-async fn tokenizer_folder(context: &Context, id: Option<&str>) -> Result<Resource, PrepareError> {
+/// `base` is the folder of a model that keeps its own copy, which stands in for a tokenizer that was
+/// deleted since.
+async fn tokenizer_folder(context: &Context, id: Option<&str>, base: Option<&Path>) -> Result<Resource, PrepareError> {
     let id = id.ok_or_else(|| gone("tokenizer", "none"))?;
     let row = sqlx::query!(
-        r#"SELECT artifact AS "artifact!", sha256 AS "sha256!" FROM tokenizers
-           WHERE id = $1 AND state = 'ready' AND deleted_at IS NULL AND artifact IS NOT NULL AND sha256 IS NOT NULL"#,
+        r#"SELECT artifact, sha256 AS "sha256!" FROM tokenizers WHERE id = $1 AND state = 'ready' AND sha256 IS NOT NULL"#,
         id
     )
     .fetch_optional(&context.db)
     .await?
     .ok_or_else(|| gone("tokenizer", id))?;
-    Ok(Resource { folder: existing(context, &row.artifact)?, sha256: row.sha256 })
+    let folder = match (row.artifact, base) {
+        (Some(artifact), _) => existing(context, &artifact)?,
+        (None, Some(base)) => base.to_owned(),
+        (None, None) => return Err(gone("tokenizer", id).into()),
+    };
+    Ok(Resource { folder, sha256: row.sha256 })
 }
 
 /// A registered artifact must be on this machine.

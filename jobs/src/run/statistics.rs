@@ -8,6 +8,6 @@ use crate::{lease::Claimed, runner::Context};
 pub async fn task(context: &Context, claimed: &Claimed) -> Result<Task, PrepareError> {
     Ok(Task::Statistics(StatisticsTask {
         dataset: dataset_folder(context, claimed.dataset_id.as_deref()).await?.folder,
-        tokenizer: tokenizer_folder(context, claimed.tokenizer_id.as_deref()).await?.folder,
+        tokenizer: tokenizer_folder(context, claimed.tokenizer_id.as_deref(), None).await?.folder,
     }))
 }

@@ -29,11 +29,11 @@ pub async fn prepare(
         Some(id) => Some(dataset_folder(context, Some(id)).await?.folder),
         None => None,
     };
-    let tokenizer = tokenizer_folder(context, claimed.tokenizer_id.as_deref()).await?;
     let base_model = match claimed.base_model_id.as_deref() {
         Some(id) => Some(model_folder(context, id).await?),
         None => None,
     };
+    let tokenizer = tokenizer_folder(context, claimed.tokenizer_id.as_deref(), base_model.as_deref()).await?;
     let resume = resume(context, claimed).await?;
     let keep_checkpoints = i64::try_from(spec.train.keep_checkpoints).unwrap_or(i64::MAX);
     let task = TrainTask {
