@@ -3,6 +3,7 @@
 mod api;
 mod auth;
 mod contract;
+mod faults;
 mod files;
 mod openai_sdk;
 mod processes;

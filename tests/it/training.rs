@@ -6,12 +6,12 @@ use lathe_tests::TestApp;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-fn text(value: &Value) -> &str {
+pub fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_else(|| panic!("not a text: {value}"))
 }
 
 /// A dataset of small sums and a tokenizer made of it; neither is waited for.
-async fn ingredients(app: &TestApp) -> (Value, Value) {
+pub async fn ingredients(app: &TestApp) -> (Value, Value) {
     let source = json!({"type": "template", "rows": 200, "seed": 7, "templates": [
         {"instruction": "What is {{ a }} plus {{ b }}?", "output": "{{ a + b }}", "variables": {"a": {"range": [0, 99]}, "b": {"range": [0, 99]}}}]});
     let dataset = app.post_json("/v1/datasets", &json!({"name": "sums", "source": source})).await.ok()["id"].clone();
@@ -26,7 +26,7 @@ fn pretraining((dataset, tokenizer): &(Value, Value), steps: u64) -> Value {
            "hyperparameters": {"steps": steps, "batch_size": 4, "precision": "fp32", "seed": 1, "evaluate_every": 20}})
 }
 
-fn path(job: &Value) -> String {
+pub fn path(job: &Value) -> String {
     format!("/v1/training/jobs/{}", text(&job["id"]))
 }
 

@@ -1,4 +1,4 @@
-//! The processes of one stack, found by the data directory in their environment.
+//! The processes of one stack, found by the data directory in their environment, or by their log.
 
 use std::{fs, path::Path};
 
@@ -23,7 +23,9 @@ pub fn of_stack(data_dir: &Path) -> Vec<(Pid, Option<Kind>)> {
     let numbered = processes.filter_map(|entry| Some((entry.path(), entry.file_name().to_str()?.parse::<i32>().ok()?)));
     let ours = numbered.filter(|(process, _)| {
         let environment = fs::read(process.join("environ")).unwrap_or_default();
-        environment.split(|byte| *byte == 0).any(|variable| variable == marker.as_bytes())
+        // Workers and engines see little of the environment, but their standard error lies there.
+        let logs_there = || fs::read_link(process.join("fd/2")).is_ok_and(|log| log.starts_with(data_dir));
+        environment.split(|byte| *byte == 0).any(|variable| variable == marker.as_bytes()) || logs_there()
     });
     ours.filter_map(|(process, pid)| Some((Pid::from_raw(pid), kind(&process)?))).collect()
 }

@@ -346,12 +346,15 @@ async fn prepare(attempt: &Attempt, claimed: &Claimed, device: &Device, staging:
     }
 }
 
-/// What bits depend on is set before the child's first tensor.
+/// What bits depend on is set before the child's first tensor. Threads that wait for one another sleep
+/// after some microseconds: where other programs need the cores too, waiting on one that is not
+/// scheduled would cost a step many times its work.
 fn environment(threads: usize) -> Vec<(&'static str, String)> {
     vec![
         ("CUBLAS_WORKSPACE_CONFIG", ":4096:8".into()),
         ("MKL_CBWR", "AUTO".into()),
         ("OMP_NUM_THREADS", threads.to_string()),
+        ("GOMP_SPINCOUNT", "1000".into()),
         ("MKL_NUM_THREADS", threads.to_string()),
         ("RAYON_NUM_THREADS", threads.to_string()),
         ("TOKENIZERS_PARALLELISM", "true".into()),

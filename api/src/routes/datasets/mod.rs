@@ -248,7 +248,8 @@ async fn find_excluded(conn: &mut PgConnection, project_id: &str, exclude: &[Str
 }
 
 /// The job to wait for before a dataset can be read, if it is not ready. Locks the dataset against
-/// deletion until the transaction ends. `param` is the field that names it.
+/// deletion until the transaction ends, and against nothing weaker: whoever moves its job has that
+/// locked and comes for the dataset next. `param` is the field that names it.
 pub(super) async fn find_usable(
     conn: &mut PgConnection,
     project_id: &str,
