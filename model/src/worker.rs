@@ -1,8 +1,8 @@
 //! `lathe worker`: one task, read from standard input, reported on descriptor 3.
 //!
 //! A worker never sees the database and holds no state beyond its task. Whoever starts it sets what
-//! libraries read before `main`: `CUBLAS_WORKSPACE_CONFIG=:4096:8`, `MKL_CBWR=COMPATIBLE` or the
-//! host's own level, and `OMP_WAIT_POLICY=passive` where ranks exceed cores. The rest of what makes
+//! libraries read before `main`: `CUBLAS_WORKSPACE_CONFIG=:4096:8`, `MKL_CBWR=AUTO` (the host's own
+//! level) and `GOMP_SPINCOUNT`, low, since jobs may share cores. The rest of what makes
 //! equal numerics give equal bits (threads, deterministic algorithms) is set here, before the first
 //! tensor.
 
