@@ -24,9 +24,9 @@ build: setup ## Build target/release/lathe
 run: build ## Start the whole stack (see `target/release/lathe serve --help`)
 	@$(ENV) exec target/release/lathe serve
 
-# CORPUS and INSTRUCTIONS: your own files in place of the built-in tasks.
+# CORPUS and INSTRUCTIONS: your own files in place of the built-in tasks. SEED: other rows, other weights.
 demo: build ## Corpus to answering model in five minutes; stays serving until Ctrl-C
-	@$(ENV) exec target/release/lathe demo $(if $(CORPUS),--corpus '$(CORPUS)') $(if $(INSTRUCTIONS),--instructions '$(INSTRUCTIONS)')
+	@$(ENV) exec target/release/lathe demo $(if $(CORPUS),--corpus '$(CORPUS)') $(if $(INSTRUCTIONS),--instructions '$(INSTRUCTIONS)') $(if $(SEED),--seed '$(SEED)')
 
 test: setup ## Run every test
 	@$(ENV) cargo build --locked --workspace --all-targets; \

@@ -307,6 +307,9 @@ pub struct DemoConfig {
     /// Instructions to tune on, beside a corpus.
     #[arg(long, env = "INSTRUCTIONS", requires = "corpus", value_name = "FILE")]
     pub instructions: Option<PathBuf>,
+    /// Draws other rows and other initial weights; the score should not depend on it.
+    #[arg(long, env = "SEED", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1 << 32))]
+    pub seed: u64,
 }
 
 #[cfg(test)]

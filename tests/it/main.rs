@@ -3,6 +3,7 @@
 mod api;
 mod auth;
 mod contract;
+mod demo;
 mod faults;
 mod files;
 mod openai_sdk;

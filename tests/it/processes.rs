@@ -98,6 +98,32 @@ async fn it_stops_within_ten_seconds_and_is_back_within_three() {
     println!("stopped in {stopped:?}, ready again in {started:?}");
 }
 
+/// Kilobytes of memory that a process has held at most.
+fn peak_memory_kb(pid: nix::unistd::Pid) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux says it");
+    peak.trim().trim_end_matches(" kB").trim().parse().expect("a number")
+}
+
+#[tokio::test]
+async fn an_upload_passes_through_the_api_and_does_not_stay_in_its_memory() {
+    const BLOCK: usize = 1 << 20;
+    const BLOCKS: usize = 400;
+    let app = TestApp::start().await;
+    app.get("/v1/files").await.ok();
+    let api = app.processes(Kind::Api)[0];
+    let before = peak_memory_kb(api);
+    let blocks = futures_util::stream::iter((0..BLOCKS).map(|_| Ok::<_, std::io::Error>(vec![b'x'; BLOCK])));
+    let length = (BLOCKS * BLOCK) as u64;
+    let part = reqwest::multipart::Part::stream_with_length(reqwest::Body::wrap_stream(blocks), length).file_name("large.txt");
+    let form = reqwest::multipart::Form::new().text("purpose", "fine-tune").part("file", part);
+    let file = app.send(app.request(reqwest::Method::POST, "/v1/files").multipart(form)).await.ok();
+    assert_eq!(file["bytes"], length);
+    let grown = peak_memory_kb(api).saturating_sub(before);
+    println!("an upload of {} MB: {before} kB at most before, {grown} kB more after", length >> 20);
+    assert!(grown < 50_000, "{grown} kB more than {before} kB");
+}
+
 #[tokio::test]
 async fn the_shell_makes_lists_and_revokes_keys() {
     let app = TestApp::builder().embedded().start().await;

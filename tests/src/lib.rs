@@ -14,7 +14,7 @@ use reqwest::{Method, StatusCode, header::HeaderMap, multipart};
 use serde_json::Value;
 
 pub use self::{
-    processes::Kind,
+    processes::{Kind, still_running},
     stack::{Builder, TestApp, lathe},
 };
 

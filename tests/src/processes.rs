@@ -30,6 +30,11 @@ pub fn of_stack(data_dir: &Path) -> Vec<(Pid, Option<Kind>)> {
     ours.filter_map(|(process, pid)| Some((Pid::from_raw(pid), kind(&process)?))).collect()
 }
 
+/// What runs on this data directory, for a stack that no [`crate::TestApp`] started.
+pub fn still_running(data_dir: &Path) -> Vec<Pid> {
+    of_stack(data_dir).into_iter().map(|(pid, _)| pid).collect()
+}
+
 /// None for a process that has just ended.
 fn kind(process: &Path) -> Option<Option<Kind>> {
     let command = fs::read(process.join("cmdline")).ok().filter(|command| !command.is_empty())?;

@@ -106,8 +106,8 @@ pub async fn run(config: DemoConfig, shutdown: impl Future<Output = ()> + Send +
 
 async fn show(client: &Client, config: &DemoConfig) -> Result<Outcome, DemoError> {
     match (&config.corpus, &config.instructions) {
-        (Some(corpus), Some(instructions)) => own_files::run(client, corpus, instructions).await,
-        _ => tasks::run(client).await,
+        (Some(corpus), Some(instructions)) => own_files::run(client, corpus, instructions, config.seed).await,
+        _ => tasks::run(client, config.seed).await,
     }
 }
 

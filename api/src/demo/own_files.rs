@@ -19,7 +19,7 @@ const PRETRAIN_STEPS: u64 = 500;
 const TUNE_STEPS: u64 = 400;
 const MAX_TOKENS: u32 = 80;
 
-pub async fn run(client: &Client, corpus: &Path, instructions: &Path) -> Result<Outcome, DemoError> {
+pub async fn run(client: &Client, corpus: &Path, instructions: &Path, seed: u64) -> Result<Outcome, DemoError> {
     let mut stage = Stage::begin("Datasets from files");
     let corpus = dataset(client, &mut stage, "corpus", corpus).await?;
     let instructions = dataset(client, &mut stage, "instructions", instructions).await?;
@@ -32,12 +32,12 @@ pub async fn run(client: &Client, corpus: &Path, instructions: &Path) -> Result<
     let body = json!({
         "name": "pretraining on a corpus", "method": {"type": "pretrain", "objective": "causal_lm"},
         "model": {"architecture": "gpt", "layers": 4, "heads": 4, "width": 128, "context": CONTEXT},
-        "dataset": corpus, "tokenizer": tokenizer, "validation": {"fraction": 0.05}, "hyperparameters": hyperparameters(PRETRAIN_STEPS, 2e-3)
+        "dataset": corpus, "tokenizer": tokenizer, "validation": {"fraction": 0.05}, "hyperparameters": hyperparameters(PRETRAIN_STEPS, 2e-3, seed)
     });
     let pretrained = fallen("pretraining", train(client, "Pretraining a GPT", &body).await?)?;
     let body = json!({
         "name": "tuning on instructions", "method": {"type": "instruction", "template": "ins"},
-        "base_model": pretrained.model, "dataset": instructions, "validation": {"fraction": 0.05}, "hyperparameters": hyperparameters(TUNE_STEPS, 1e-3)
+        "base_model": pretrained.model, "dataset": instructions, "validation": {"fraction": 0.05}, "hyperparameters": hyperparameters(TUNE_STEPS, 1e-3, seed)
     });
     let tuned = fallen("tuning", train(client, "Tuning to instructions", &body).await?)?;
 
@@ -51,9 +51,9 @@ async fn dataset(client: &Client, stage: &mut Stage, name: &str, path: &Path) ->
     make(client, stage, "/v1/datasets", &json!({"name": name, "source": {"type": "files", "files": [file]}})).await
 }
 
-fn hyperparameters(steps: u64, peak: f64) -> Value {
+fn hyperparameters(steps: u64, peak: f64, seed: u64) -> Value {
     json!({
-        "steps": steps, "batch_size": 8, "precision": "fp32", "seed": 1,
+        "steps": steps, "batch_size": 8, "precision": "fp32", "seed": seed,
         "schedule": {"type": "cosine", "peak": peak, "warmup_steps": steps / 20, "floor": peak / 10.0},
         "evaluate_every": steps / 4, "keep_checkpoints": 1
     })

@@ -23,7 +23,7 @@ const START_LIMIT: Duration = Duration::from_secs(120);
 const STOP_LIMIT: Duration = Duration::from_secs(15);
 
 /// Flags of `demo` that `serve` does not have.
-const OWN_FLAGS: [&str; 2] = ["--corpus", "--instructions"];
+const OWN_FLAGS: [&str; 3] = ["--corpus", "--instructions", "--seed"];
 
 pub struct Server {
     child: Child,
@@ -166,6 +166,8 @@ mod tests {
             "--listen",
             "127.0.0.1:9000",
             "--instructions=b.json",
+            "--seed",
+            "2",
             "--data-dir",
             "demo",
         ];

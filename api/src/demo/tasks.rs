@@ -40,13 +40,19 @@ const CONCURRENCY: usize = 32;
 /// Rows of one page.
 const PAGE: u64 = 100;
 
-pub async fn run(client: &Client) -> Result<Outcome, DemoError> {
+/// The data and the weights follow from `seed`, which is at least 1.
+pub async fn run(client: &Client, seed: u64) -> Result<Outcome, DemoError> {
     let families = families::load()?;
     let mut stage = Stage::begin("Datasets by rule");
-    let held_out =
-        make(client, &mut stage, "/v1/datasets", &families::dataset("demo held out", &families, HELD_OUT_ROWS, 1, &[])).await?;
+    let held_out = make(
+        client,
+        &mut stage,
+        "/v1/datasets",
+        &families::dataset("demo held out", &families, HELD_OUT_ROWS, 2 * seed - 1, &[]),
+    )
+    .await?;
     let train_set =
-        make(client, &mut stage, "/v1/datasets", &families::dataset("demo train", &families, TRAIN_ROWS, 2, &[&held_out]))
+        make(client, &mut stage, "/v1/datasets", &families::dataset("demo train", &families, TRAIN_ROWS, 2 * seed, &[&held_out]))
             .await?;
     let questions = questions(client, &families, &held_out).await?;
     stage.finish(&format!("{TRAIN_ROWS} rows to learn from, {} held out, {} families", questions.len(), families.len()));
@@ -55,8 +61,8 @@ pub async fn run(client: &Client) -> Result<Outcome, DemoError> {
     let tokenizer = make(client, &mut stage, "/v1/tokenizers", &tokenizer_body("demo", &train_set, VOCABULARY)).await?;
     stage.finish(&format!("{VOCABULARY} tokens of byte-level BPE"));
 
-    let pretrained = train(client, "Pretraining a GPT", &pretrain_body(&train_set, &tokenizer)).await?;
-    let tuned = train(client, "Tuning to instructions", &tune_body(&train_set, &pretrained.model)).await?;
+    let pretrained = train(client, "Pretraining a GPT", &pretrain_body(&train_set, &tokenizer, seed)).await?;
+    let tuned = train(client, "Tuning to instructions", &tune_body(&train_set, &pretrained.model, seed)).await?;
 
     let before = ask("Asking it untuned", &questions, |question| {
         let prompt = format!("{}\n", question.instruction);
@@ -82,26 +88,26 @@ pub fn tokenizer_body(name: &str, dataset: &str, vocabulary: u64) -> Value {
     json!({"name": name, "type": "bpe", "dataset": dataset, "vocab_size": vocabulary})
 }
 
-fn pretrain_body(dataset: &str, tokenizer: &str) -> Value {
+fn pretrain_body(dataset: &str, tokenizer: &str, seed: u64) -> Value {
     json!({
         "name": "demo pretraining", "method": {"type": "pretrain", "objective": "causal_lm"},
         "model": {"architecture": "gpt", "layers": 4, "heads": 4, "width": 128, "context": 64},
-        "dataset": dataset, "tokenizer": tokenizer, "hyperparameters": hyperparameters(PRETRAIN_STEPS, 32)
+        "dataset": dataset, "tokenizer": tokenizer, "hyperparameters": hyperparameters(PRETRAIN_STEPS, 32, seed)
     })
 }
 
-fn tune_body(dataset: &str, base_model: &str) -> Value {
+fn tune_body(dataset: &str, base_model: &str, seed: u64) -> Value {
     json!({
         "name": "demo tuning", "method": {"type": "instruction", "template": "ins"},
-        "base_model": base_model, "dataset": dataset, "hyperparameters": hyperparameters(TUNE_STEPS, 12)
+        "base_model": base_model, "dataset": dataset, "hyperparameters": hyperparameters(TUNE_STEPS, 12, seed)
     })
 }
 
 /// `batch_size` counts sequences of 64 tokens, of which each holds two or three rows. At this size
 /// fp32 is faster than bf16: the cost of a step is in its number of kernels.
-fn hyperparameters(steps: u64, batch_size: u64) -> Value {
+fn hyperparameters(steps: u64, batch_size: u64, seed: u64) -> Value {
     json!({
-        "steps": steps, "batch_size": batch_size, "precision": "fp32", "seed": 1,
+        "steps": steps, "batch_size": batch_size, "precision": "fp32", "seed": seed,
         "schedule": {"type": "cosine", "peak": 3e-3, "warmup_steps": steps / 20, "floor": 1.5e-4},
         "keep_checkpoints": 1
     })
