@@ -87,7 +87,7 @@ async fn run_api(args: ApiArgs) -> Outcome {
         auth::bootstrap(&mut conn, key).await?;
     }
     drop(conn);
-    let artifacts = Artifacts::open(args.store.folder(&args.database))?;
+    let artifacts = Artifacts::open(args.store.folder(&args.database))?.with_reserve(args.store.disk_low_bytes);
     let state = AppState::new(db, artifacts, args.options.config(&args.store));
     let (stop, shutdown) = (stopped()?, state.shutdown.clone());
     tokio::spawn(async move {

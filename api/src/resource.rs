@@ -153,7 +153,7 @@ pub fn not_enqueued(error: QueueError) -> ApiError {
 /// Cancels the job that makes something which is being deleted; an ended one is left alone.
 pub async fn stop_making(conn: &mut PgConnection, job_id: &str) -> Result<(), ApiError> {
     match queue::cancel(conn, job_id).await {
-        Ok(_) | Err(TransitionError::Illegal { .. } | TransitionError::NotFound) => Ok(()),
+        Ok(_) | Err(TransitionError::Illegal { .. } | TransitionError::InUse { .. } | TransitionError::NotFound) => Ok(()),
         Err(TransitionError::Database(error)) => Err(error.into()),
     }
 }

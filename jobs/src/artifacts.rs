@@ -27,18 +27,30 @@ pub enum ArtifactError {
         #[source]
         source: io::Error,
     },
+    #[error("{free} bytes of the disk are free, and {reserve} are kept free")]
+    Full { free: u64, reserve: u64 },
 }
 
 impl ArtifactError {
     /// The file system has no room left.
     pub fn is_disk_full(&self) -> bool {
-        matches!(self, ArtifactError::Io { source, .. } if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+        match self {
+            ArtifactError::Io { source, .. } => {
+                matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+            }
+            ArtifactError::Full { .. } => true,
+            ArtifactError::BadKey(_) => false,
+        }
     }
 }
+
+/// Bytes of an upload between two looks at the disk.
+const LOOK_EVERY: u64 = 64 << 20;
 
 #[derive(Clone, Debug)]
 pub struct Artifacts {
     root: Arc<Path>,
+    reserve_bytes: u64,
 }
 
 /// What a finished [`Upload`] wrote.
@@ -60,7 +72,12 @@ impl Artifacts {
             root.canonicalize()
         })();
         let root = opened.map_err(|source| ArtifactError::Io { key: root.display().to_string(), source })?;
-        Ok(Artifacts { root: root.into() })
+        Ok(Artifacts { root: root.into(), reserve_bytes: 0 })
+    }
+
+    /// Uploads leave this much of the disk free, so that running jobs can still save.
+    pub fn with_reserve(self, reserve_bytes: u64) -> Artifacts {
+        Artifacts { reserve_bytes, ..self }
     }
 
     pub fn root(&self) -> &Path {
@@ -89,7 +106,9 @@ impl Artifacts {
     /// Moves a file of the same file system to `key`, replacing what is there. Blocks.
     pub fn put_file(&self, from: &Path, key: &str) -> Result<(), ArtifactError> {
         self.publish(key, |to| {
-            fs::File::open(from)?.sync_all()?;
+            let file = fs::File::open(from)?;
+            touch(&file)?;
+            file.sync_all()?;
             fs::rename(from, to)
         })
     }
@@ -101,6 +120,7 @@ impl Artifacts {
             if !from.exists() && to.exists() {
                 return Ok(());
             }
+            touch(&fs::File::open(from)?)?;
             sync_tree(from)?;
             if !to.exists() {
                 return fs::rename(from, to);
@@ -135,15 +155,33 @@ impl Artifacts {
     }
 
     /// A file that is hashed while it is written and is at its key once finished; dropped before
-    /// that, nothing remains.
+    /// that, nothing remains. [`ArtifactError::Full`] where the reserve would be touched.
     pub async fn create(&self, key: &str) -> Result<Upload, ArtifactError> {
         if !plain(key) {
             return Err(ArtifactError::BadKey(key.to_owned()));
         }
+        self.check_reserve().await?;
         let staged = self.root.join("tmp").join(ids::new("upload"));
         let file =
             tokio::fs::File::create_new(&staged).await.map_err(|source| ArtifactError::Io { key: key.to_owned(), source })?;
         Ok(Upload { artifacts: self.clone(), key: key.to_owned(), file, staged: Some(staged), digest: Sha256::new(), bytes: 0 })
+    }
+
+    /// Bytes free to this process, and bytes in all, on the store's file system. Blocks.
+    pub fn disk(&self) -> io::Result<(u64, u64)> {
+        let found = nix::sys::statvfs::statvfs(self.root())?;
+        let size = found.fragment_size();
+        Ok((found.blocks_available().saturating_mul(size), found.blocks().saturating_mul(size)))
+    }
+
+    async fn check_reserve(&self) -> Result<(), ArtifactError> {
+        let artifacts = self.clone();
+        let disk = tokio::task::spawn_blocking(move || artifacts.disk()).await;
+        match disk {
+            Ok(Ok((free, _))) if free < self.reserve_bytes => Err(ArtifactError::Full { free, reserve: self.reserve_bytes }),
+            // A disk that cannot be asked is found out by writing.
+            _ => Ok(()),
+        }
     }
 
     /// Bytes in all files below `key`. Blocks.
@@ -179,7 +217,11 @@ pub struct Upload {
 impl Upload {
     pub async fn write(&mut self, chunk: &[u8]) -> Result<(), ArtifactError> {
         self.digest.update(chunk);
+        let looks = self.bytes / LOOK_EVERY;
         self.bytes += chunk.len() as u64;
+        if self.bytes / LOOK_EVERY > looks {
+            self.artifacts.check_reserve().await?;
+        }
         self.file.write_all(chunk).await.map_err(|source| ArtifactError::Io { key: self.key.clone(), source })
     }
 
@@ -218,6 +260,11 @@ impl Drop for Upload {
             let _ = fs::remove_file(staged);
         }
     }
+}
+
+/// Marks as new what may have waited long for its publication, so that no sweep takes it for a leftover.
+fn touch(entry: &fs::File) -> io::Result<()> {
+    entry.set_modified(std::time::SystemTime::now())
 }
 
 /// Whether a key is a relative path of plain names.
@@ -279,6 +326,15 @@ mod tests {
         upload.write(b"half").await.expect("there is room");
         drop(upload);
         assert!(!artifacts.path("files/a").exists());
+        assert_eq!(left_in_tmp(&artifacts), 0);
+    }
+
+    #[tokio::test]
+    async fn the_reserve_is_refused_to_uploads() {
+        let (_root, artifacts) = store();
+        let bounded = artifacts.clone().with_reserve(u64::MAX);
+        let refused = bounded.create("files/a").await.err().expect("nothing is free above the reserve");
+        assert!(refused.is_disk_full(), "{refused}");
         assert_eq!(left_in_tmp(&artifacts), 0);
     }
 

@@ -33,10 +33,8 @@ pub struct DiskState {
 
 /// How full the file system of the artifacts is.
 pub fn disk_state(artifacts: &Artifacts, low_bytes: u64) -> io::Result<DiskState> {
-    let found = nix::sys::statvfs::statvfs(artifacts.root())?;
-    let size = found.fragment_size();
-    let free_bytes = found.blocks_available().saturating_mul(size);
-    Ok(DiskState { free_bytes, total_bytes: found.blocks().saturating_mul(size), low: free_bytes < low_bytes })
+    let (free_bytes, total_bytes) = artifacts.disk()?;
+    Ok(DiskState { free_bytes, total_bytes, low: free_bytes < low_bytes })
 }
 
 /// Sweeps now and then, until it is dropped.

@@ -161,6 +161,8 @@ pub enum Ending {
     Stopped,
     /// The runner is to stop.
     Interrupted,
+    /// The disk is nearly full: the job waits until some of it is free.
+    DiskLow,
     Failed(Failure),
     /// Nobody has renewed the lease.
     Lost,
@@ -175,46 +177,72 @@ struct Settlement {
     failure: Option<Failure>,
 }
 
-/// Where a leased job goes. `failures` counts those before this attempt, `losses` the losses running.
-fn settle_state(from: JobState, ending: &Ending, failures: i32, max_attempts: i32, losses: i64) -> Settlement {
+/// A leased job when its attempt ends.
+#[derive(Clone, Copy, Debug)]
+struct Standing {
+    state: JobState,
+    kind: Kind,
+    /// Before this attempt.
+    failures: i32,
+    max_attempts: i32,
+    /// Running, before this attempt.
+    losses: i64,
+}
+
+/// Where a leased job goes.
+fn settle_state(job: Standing, ending: &Ending) -> Settlement {
     let outcome = match ending {
         Ending::Succeeded(_) => Outcome::Succeeded,
-        Ending::Stopped if from == JobState::Pausing => Outcome::Paused,
-        Ending::Stopped | Ending::Interrupted => Outcome::Interrupted,
+        Ending::Stopped if job.state == JobState::Pausing => Outcome::Paused,
+        Ending::Stopped | Ending::Interrupted | Ending::DiskLow => Outcome::Interrupted,
         Ending::Failed(_) => Outcome::Failed,
         Ending::Lost => Outcome::Lost,
     };
-    if from == JobState::Cancelling {
+    if job.state == JobState::Cancelling {
         let outcome = if outcome == Outcome::Lost { outcome } else { Outcome::Cancelled };
         return Settlement { state: JobState::Cancelled, outcome, counts: false, failure: None };
     }
-    let again = if from == JobState::Pausing { JobState::Paused } else { JobState::Queued };
+    let again = if job.state == JobState::Pausing { JobState::Paused } else { JobState::Queued };
     let failure = match ending {
         Ending::Succeeded(_) => return Settlement { state: JobState::Succeeded, outcome, counts: false, failure: None },
         Ending::Failed(failure) => failure.clone(),
-        Ending::Lost if losses >= LOSSES_FORGIVEN => Failure {
+        Ending::Lost if job.losses >= LOSSES_FORGIVEN => Failure {
             code: FailureCode::WorkerCrashed,
-            message: format!("The runner was lost {} times in a row while it ran this job.", losses + 1),
+            message: format!("The runner was lost {} times in a row while it ran this job.", job.losses + 1),
             param: None,
             retryable: true,
         },
-        Ending::Stopped | Ending::Interrupted | Ending::Lost => {
+        Ending::Stopped | Ending::Interrupted | Ending::DiskLow | Ending::Lost => {
             return Settlement { state: again, outcome, counts: false, failure: None };
         }
     };
+    if failure.code == FailureCode::DiskFull {
+        return no_room(job.kind, failure);
+    }
     if !failure.retryable {
         return Settlement { state: JobState::Failed, outcome, counts: true, failure: Some(failure) };
     }
-    if failures + 1 < max_attempts {
+    if job.failures + 1 < job.max_attempts {
         return Settlement { state: again, outcome, counts: true, failure: Some(failure) };
     }
     let exhausted = Failure {
         code: FailureCode::AttemptsExhausted,
-        message: format!("{} attempts failed. The last one: {}", failures + 1, failure.message),
+        message: format!("{} attempts failed. The last one: {}", job.failures + 1, failure.message),
         param: failure.param,
         retryable: false,
     };
     Settlement { state: JobState::Failed, outcome, counts: true, failure: Some(exhausted) }
+}
+
+/// No attempt finds room that nobody makes. A training keeps its checkpoints and waits to be resumed;
+/// other jobs have nothing to keep.
+fn no_room(kind: Kind, failure: Failure) -> Settlement {
+    match kind {
+        Kind::Train => Settlement { state: JobState::Paused, outcome: Outcome::Paused, counts: false, failure: Some(failure) },
+        Kind::Ingest | Kind::Tokenizer | Kind::Statistics => {
+            Settlement { state: JobState::Failed, outcome: Outcome::Failed, counts: true, failure: Some(failure) }
+        }
+    }
 }
 
 /// Seconds before the attempt that follows a failure: 1, 4, 16 …, at most 5 minutes.
@@ -265,7 +293,7 @@ pub async fn reap_one(conn: &mut PgConnection, artifacts: &Artifacts) -> Result<
 /// The transaction's body: the caller has locked the attempt.
 async fn end(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Lease, ending: Ending) -> Result<JobState, LeaseError> {
     let job = sqlx::query!(
-        r#"SELECT state AS "state: JobState", failures, max_attempts FROM jobs WHERE id = $1 FOR UPDATE"#,
+        r#"SELECT state AS "state: JobState", kind AS "kind: Kind", failures, max_attempts FROM jobs WHERE id = $1 FOR UPDATE"#,
         lease.job_id
     )
     .fetch_one(&mut *tx)
@@ -274,7 +302,8 @@ async fn end(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Lease, ending
         Ending::Lost => losses_running(tx, lease).await?,
         _ => 0,
     };
-    let settled = settle_state(job.state, &ending, job.failures, job.max_attempts, losses);
+    let (state, kind, failures, max_attempts) = (job.state, job.kind, job.failures, job.max_attempts);
+    let settled = settle_state(Standing { state, kind, failures, max_attempts, losses }, &ending);
     debug_assert!(job.state.can_become(settled.state), "{} → {}", job.state, settled.state);
     if let (Ending::Succeeded(product), JobState::Succeeded) = (&ending, settled.state) {
         publish::register(tx, artifacts, lease, product).await?;
@@ -310,12 +339,18 @@ async fn end(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Lease, ending
     if moved.rows_affected() != 1 {
         return Err(LeaseError::Lost);
     }
-    follow(tx, lease, &settled, wait).await?;
+    follow(tx, lease, &settled, &ending, wait).await?;
     Ok(settled.state)
 }
 
 /// Everything that an end of an attempt means to others: resources, dependants, events, runners.
-async fn follow(tx: &mut PgConnection, lease: &Lease, settled: &Settlement, wait: f64) -> Result<(), sqlx::Error> {
+async fn follow(
+    tx: &mut PgConnection,
+    lease: &Lease,
+    settled: &Settlement,
+    ending: &Ending,
+    wait: f64,
+) -> Result<(), sqlx::Error> {
     match settled.state {
         JobState::Succeeded => settle::release_dependants(tx, &lease.job_id).await?,
         JobState::Failed => {
@@ -330,24 +365,32 @@ async fn follow(tx: &mut PgConnection, lease: &Lease, settled: &Settlement, wait
         }
         _ => {}
     }
-    let data = json!({ "attempt": lease.attempt, "outcome": settled.outcome });
-    let (level, code, message) = describe(settled, wait);
+    let mut data = json!({ "attempt": lease.attempt, "outcome": settled.outcome });
+    if let Some(failure) = &settled.failure {
+        data["code"] = json!(failure.code);
+    }
+    let (level, code, message) = describe(settled, ending, wait);
     events::append(tx, &lease.job_id, level, code, &message, &data).await?;
     queue::notify(tx, &lease.job_id).await
 }
 
-fn describe(settled: &Settlement, wait: f64) -> (Level, &'static str, String) {
+fn describe(settled: &Settlement, ending: &Ending, wait: f64) -> (Level, &'static str, String) {
     let reason = settled.failure.as_ref().map_or("", |failure| failure.message.as_str());
     match (settled.state, settled.outcome) {
         (JobState::Succeeded, _) => (Level::Info, "job.succeeded", "The job has succeeded.".into()),
         (JobState::Failed, _) => (Level::Error, "job.failed", reason.into()),
         (JobState::Cancelled, _) => (Level::Info, "job.cancelled", "The job was cancelled.".into()),
-        (JobState::Paused, _) => (Level::Info, "job.paused", format!("The job is paused. {reason}").trim_end().into()),
+        (JobState::Paused, _) if settled.failure.is_none() => (Level::Info, "job.paused", "The job is paused.".into()),
+        (JobState::Paused, _) => (Level::Warn, "job.paused", format!("The job is paused: {reason}")),
         (_, Outcome::Failed) => {
             (Level::Warn, "job.retrying", format!("The attempt failed and is repeated in {wait} seconds: {reason}"))
         }
         (_, Outcome::Lost) => {
             (Level::Warn, "job.lost", "The runner was lost; the job goes on from its newest checkpoint.".into())
+        }
+        _ if matches!(ending, Ending::DiskLow) => {
+            let message = "The disk is nearly full; the job goes on from its newest checkpoint once some of it is free.";
+            (Level::Warn, "job.waiting_for_disk", message.into())
         }
         _ => (Level::Info, "job.interrupted", "The runner is stopping; the job goes on from its newest checkpoint.".into()),
     }
@@ -369,21 +412,30 @@ async fn losses_running(tx: &mut PgConnection, lease: &Lease) -> Result<i64, sql
 mod tests {
     use super::*;
 
-    fn failed(retryable: bool) -> Ending {
-        Ending::Failed(Failure { code: FailureCode::WorkerCrashed, message: "killed by signal 9".into(), param: None, retryable })
+    fn failed(code: FailureCode, retryable: bool) -> Ending {
+        Ending::Failed(Failure { code, message: "killed by signal 9".into(), param: None, retryable })
+    }
+
+    fn crash(retryable: bool) -> Ending {
+        failed(FailureCode::WorkerCrashed, retryable)
+    }
+
+    fn standing(state: JobState, failures: i32, losses: i64) -> Standing {
+        Standing { state, kind: Kind::Train, failures, max_attempts: 3, losses }
     }
 
     fn endings() -> Vec<Ending> {
         let product = Product::Statistics { statistics: Value::Null };
-        vec![Ending::Succeeded(product), Ending::Stopped, Ending::Interrupted, failed(true), failed(false), Ending::Lost]
+        let stops = [Ending::Succeeded(product), Ending::Stopped, Ending::Interrupted, Ending::DiskLow, Ending::Lost];
+        stops.into_iter().chain([crash(true), crash(false), failed(FailureCode::DiskFull, true)]).collect()
     }
 
     #[test]
     fn every_ending_of_every_leased_state_is_a_legal_transition() {
         for from in JobState::ALL.iter().filter(|state| state.is_leased()) {
-            for ending in endings() {
+            for (ending, kind) in endings().iter().flat_map(|ending| Kind::ALL.iter().map(move |kind| (ending, *kind))) {
                 for (failures, losses) in [(0, 0), (2, 0), (0, 9), (2, 9)] {
-                    let settled = settle_state(*from, &ending, failures, 3, losses);
+                    let settled = settle_state(Standing { kind, ..standing(*from, failures, losses) }, ending);
                     assert!(from.can_become(settled.state), "{from} → {} by {ending:?}", settled.state);
                     assert!(settled.state != JobState::Failed || settled.failure.is_some());
                 }
@@ -393,18 +445,33 @@ mod tests {
 
     #[test]
     fn failures_count_and_interruptions_do_not() {
-        let retried = settle_state(JobState::Running, &failed(true), 1, 3, 0);
+        let retried = settle_state(standing(JobState::Running, 1, 0), &crash(true));
         assert_eq!((retried.state, retried.counts), (JobState::Queued, true));
-        let exhausted = settle_state(JobState::Running, &failed(true), 2, 3, 0);
+        let exhausted = settle_state(standing(JobState::Running, 2, 0), &crash(true));
         let failure = exhausted.failure.expect("it failed");
         assert_eq!((exhausted.state, failure.code), (JobState::Failed, FailureCode::AttemptsExhausted));
         assert!(failure.message.contains("killed by signal 9"));
-        for ending in [Ending::Interrupted, Ending::Lost] {
-            let settled = settle_state(JobState::Running, &ending, 2, 3, 3);
+        for ending in [Ending::Interrupted, Ending::DiskLow, Ending::Lost] {
+            let settled = settle_state(standing(JobState::Running, 2, 3), &ending);
             assert_eq!((settled.state, settled.counts), (JobState::Queued, false));
         }
-        assert!(settle_state(JobState::Running, &Ending::Lost, 0, 3, 4).counts);
-        assert_eq!(settle_state(JobState::Running, &failed(false), 0, 3, 0).state, JobState::Failed);
+        assert!(settle_state(standing(JobState::Running, 0, 4), &Ending::Lost).counts);
+        assert_eq!(settle_state(standing(JobState::Running, 0, 0), &crash(false)).state, JobState::Failed);
+    }
+
+    #[test]
+    fn a_full_disk_pauses_a_training_and_fails_what_has_nothing_to_keep() {
+        let full = failed(FailureCode::DiskFull, true);
+        let paused = settle_state(standing(JobState::Running, 2, 0), &full);
+        assert_eq!((paused.state, paused.counts), (JobState::Paused, false));
+        let (level, code, message) = describe(&paused, &full, 0.0);
+        assert_eq!((level, code), (Level::Warn, "job.paused"));
+        assert!(message.contains("killed by signal 9"), "{message}");
+        let ingestion = settle_state(Standing { kind: Kind::Ingest, ..standing(JobState::Running, 0, 0) }, &full);
+        assert_eq!(
+            (ingestion.state, ingestion.failure.map(|failure| failure.code)),
+            (JobState::Failed, Some(FailureCode::DiskFull))
+        );
     }
 
     #[test]

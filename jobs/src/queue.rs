@@ -2,13 +2,14 @@
 //!
 //! Every function is one transaction, or a part of the caller's. A change of state is guarded by the
 //! state that it leaves and listed in [`crate::state::TRANSITIONS`]. Taking and ending work is in
-//! [`crate::lease`].
+//! [`crate::lease`]. Locks are taken in one order, which `docs/job-states.md` states: an attempt, jobs as
+//! they were made, what they make.
 
 use lathe_model::protocol::Level;
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 
-use crate::{events, settle, spec::Spec, state::JobState};
+use crate::{events, replicas, settle, spec::Spec, state::JobState};
 
 /// Announces work or a control change to runners; the payload is the job's id.
 pub const CHANNEL: &str = "lathe_jobs";
@@ -55,6 +56,9 @@ pub enum TransitionError {
     NotFound,
     #[error("this is not possible in the state {from}")]
     Illegal { from: JobState },
+    /// Unfinished jobs start from it.
+    #[error("it is needed by {}", .users.join(", "))]
+    InUse { users: Vec<String> },
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
@@ -108,7 +112,7 @@ pub async fn enqueue(conn: &mut PgConnection, job: NewJob) -> Result<JobState, Q
 /// ends a need, so that one of the two sees the other.
 async fn needs_all_met(conn: &mut PgConnection, needs: &[String]) -> Result<bool, QueueError> {
     let found = sqlx::query!(
-        r#"SELECT id, state AS "state: JobState" FROM jobs WHERE id = ANY($1) AND deleted_at IS NULL ORDER BY id FOR SHARE"#,
+        r#"SELECT id, state AS "state: JobState" FROM jobs WHERE id = ANY($1) AND deleted_at IS NULL ORDER BY seq FOR SHARE"#,
         needs
     )
     .fetch_all(conn)
@@ -194,14 +198,28 @@ pub async fn resume(conn: &mut PgConnection, job_id: &str) -> Result<JobState, T
 }
 
 /// Removes an ended job from every listing. Its row stays as a tombstone for lineage; its checkpoints'
-/// rows go at once, and the keys of their folders are returned for removal after the commit.
+/// rows go at once, engines that serve one are told to stop, and the keys of the folders are returned
+/// for removal after the commit.
 pub async fn delete(conn: &mut PgConnection, job_id: &str) -> Result<Vec<String>, TransitionError> {
     let mut tx = conn.begin().await?;
     let from = lock(&mut tx, job_id).await?;
     if !from.is_finished() {
         return Err(TransitionError::Illegal { from });
     }
+    sqlx::query!("SELECT id FROM checkpoints WHERE job_id = $1 ORDER BY id FOR UPDATE", job_id).fetch_all(&mut *tx).await?;
+    // Asked once nobody can begin to need one.
+    let users = sqlx::query_scalar!(
+        "SELECT j.id FROM jobs j JOIN models m ON m.job_id = $1 JOIN checkpoints c ON c.job_id = $1
+         WHERE j.finished_at IS NULL AND j.base_model_id = m.id || ':ckpt-step-' || c.step ORDER BY j.id LIMIT 10",
+        job_id,
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    if !users.is_empty() {
+        return Err(TransitionError::InUse { users });
+    }
     sqlx::query!("UPDATE jobs SET deleted_at = now() WHERE id = $1 AND deleted_at IS NULL", job_id).execute(&mut *tx).await?;
+    replicas::stop_serving_checkpoints(&mut tx, job_id).await?;
     let folders =
         sqlx::query_scalar!("DELETE FROM checkpoints WHERE job_id = $1 RETURNING artifact", job_id).fetch_all(&mut *tx).await?;
     tx.commit().await?;

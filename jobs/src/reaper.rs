@@ -1,12 +1,12 @@
 //! Ends attempts whose lease has run out, so that no job waits for a runner that is gone.
 //!
 //! Every runner has a reaper; rows are taken with SKIP LOCKED, so several never do the same twice.
-//! After it first reaches the database, and again after each time it could not, a reaper waits one
-//! lease: runners that were cut off with it renew theirs first.
+//! After it first reaches the database, and again after each time it could not or waited long for an
+//! answer, a reaper waits one lease: runners that were cut off with it renew theirs first.
 
 use std::time::Duration;
 
-use sqlx::{PgConnection, PgPool};
+use sqlx::{Connection, PgConnection, PgPool};
 
 use crate::{
     artifacts::Artifacts,
@@ -29,10 +29,16 @@ pub async fn run(db: PgPool, artifacts: Artifacts, lease_seconds: f64) {
                 }
             }
         }
-        reached = match sweep(&db, &artifacts).await {
-            Ok(_) => true,
-            Err(error) => {
+        // A database that stood still lets every lease run out at once. A lease that was renewed as it
+        // should be outlives half its length; a round that takes longer is given up.
+        reached = match tokio::time::timeout(lease / 2, sweep(&db, &artifacts)).await {
+            Ok(Ok(_)) => true,
+            Ok(Err(error)) => {
                 tracing::warn!(%error, "the reaper could not look for expired leases");
+                false
+            }
+            Err(_) => {
+                tracing::warn!("the database takes long to answer; the reaper waits one lease");
                 false
             }
         };
@@ -57,14 +63,17 @@ pub async fn sweep(db: &PgPool, artifacts: &Artifacts) -> Result<usize, LeaseErr
     Ok(ended)
 }
 
-/// The transaction that ends a job settles its dependants; this finds what is left if that was ever
-/// undone by hand.
+/// The transaction that ends a job settles its dependants; this finds what is left where that one could
+/// not see a job that was being resumed.
 async fn unblock(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let mut tx = conn.begin().await?;
     let waiting = sqlx::query_scalar!(
         "SELECT id FROM jobs b WHERE state = 'blocked' AND NOT EXISTS (
-             SELECT FROM job_dependencies d JOIN jobs n ON n.id = d.needs WHERE d.job_id = b.id AND n.state <> 'succeeded')"
+             SELECT FROM job_dependencies d JOIN jobs n ON n.id = d.needs WHERE d.job_id = b.id AND n.state <> 'succeeded')
+         ORDER BY seq FOR UPDATE SKIP LOCKED"
     )
-    .fetch_all(&mut *conn)
+    .fetch_all(&mut *tx)
     .await?;
-    settle::release(conn, &waiting).await
+    settle::release(&mut tx, &waiting).await?;
+    tx.commit().await
 }

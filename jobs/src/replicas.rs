@@ -322,6 +322,23 @@ pub async fn reap(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
+/// Tells the engines that serve a checkpoint of this job to stop.
+pub(crate) async fn stop_serving_checkpoints(tx: &mut PgConnection, job_id: &str) -> Result<(), sqlx::Error> {
+    let asked = sqlx::query_scalar!(
+        "UPDATE replicas r SET state = CASE WHEN r.state = 'queued' THEN 'stopped' ELSE 'stopping' END,
+             stopped_at = CASE WHEN r.state = 'queued' THEN now() END
+         FROM checkpoints c WHERE c.id = r.checkpoint_id AND c.job_id = $1 AND r.state IN ('queued', 'starting', 'ready')
+         RETURNING r.id",
+        job_id
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    for id in asked {
+        notify(tx, &id).await?;
+    }
+    Ok(())
+}
+
 async fn notify(conn: &mut PgConnection, replica_id: &str) -> Result<(), sqlx::Error> {
     sqlx::query!("SELECT pg_notify('lathe_replicas', $1) AS told", replica_id).fetch_one(conn).await.map(drop)
 }

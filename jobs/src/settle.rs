@@ -1,7 +1,8 @@
 //! What follows for others when a job ends: dependants are released or fail, and the dataset,
 //! tokenizer or model that it was to make becomes failed with it.
 //!
-//! Every function runs in the transaction that ends the job, after the update that ends it.
+//! Every function runs in the transaction that ends the job, after the update that ends it. Several jobs
+//! are locked in the order in which they were made (`jobs.seq`), and resources after jobs.
 
 use lathe_model::protocol::{Failure, FailureCode, Level};
 use serde_json::json;
@@ -15,7 +16,7 @@ pub async fn release_dependants(conn: &mut PgConnection, job_id: &str) -> Result
     // looks after the earlier one has committed.
     let waiting = sqlx::query_scalar!(
         "SELECT j.id FROM jobs j JOIN job_dependencies d ON d.job_id = j.id
-         WHERE d.needs = $1 AND j.state = 'blocked' ORDER BY j.id FOR UPDATE OF j",
+         WHERE d.needs = $1 AND j.state = 'blocked' ORDER BY j.seq FOR UPDATE OF j",
         job_id,
     )
     .fetch_all(&mut *conn)
@@ -23,7 +24,7 @@ pub async fn release_dependants(conn: &mut PgConnection, job_id: &str) -> Result
     release(conn, &waiting).await
 }
 
-/// Queues those of the blocked jobs `waiting` whose needs have all succeeded.
+/// Queues those of the blocked jobs `waiting`, which are locked, whose needs have all succeeded.
 pub async fn release(conn: &mut PgConnection, waiting: &[String]) -> Result<(), sqlx::Error> {
     if waiting.is_empty() {
         return Ok(());
@@ -46,32 +47,60 @@ pub async fn release(conn: &mut PgConnection, waiting: &[String]) -> Result<(), 
 
 /// Fails everything that needs a job which has failed or was cancelled, and what needs that in turn.
 pub async fn fail_dependants(conn: &mut PgConnection, job_id: &str) -> Result<(), sqlx::Error> {
-    let mut ended = vec![job_id.to_owned()];
-    while let Some(cause) = ended.pop() {
-        let failure = Failure {
-            code: FailureCode::DependencyFailed,
-            message: format!(
-                "The job {cause}, which this one needs, did not succeed. Repair and repeat that one, then create this one again."
-            ),
-            param: None,
-            retryable: false,
-        };
-        let failed = sqlx::query_scalar!(
-            "UPDATE jobs SET state = 'failed', error = $2, finished_at = now(), phase = NULL
-             WHERE state IN ('blocked', 'paused') AND id IN (SELECT job_id FROM job_dependencies WHERE needs = $1)
-             RETURNING id",
-            cause,
-            error_of(&failure),
+    loop {
+        // All at once, so that they are locked in one order.
+        let doomed = sqlx::query_scalar!(
+            "WITH RECURSIVE doomed AS (
+                 SELECT job_id FROM job_dependencies WHERE needs = $1
+                 UNION SELECT d.job_id FROM job_dependencies d JOIN doomed ON d.needs = doomed.job_id)
+             SELECT id FROM jobs WHERE id IN (SELECT job_id FROM doomed) AND state IN ('blocked', 'paused') ORDER BY seq FOR UPDATE",
+            job_id,
         )
         .fetch_all(&mut *conn)
         .await?;
-        for id in failed {
-            fail_resources(conn, &id, &failure).await?;
-            events::append(conn, &id, Level::Error, "job.failed", &failure.message, &json!({ "code": failure.code })).await?;
-            ended.push(id);
+        let mut failed = false;
+        for id in &doomed {
+            failed |= fail_with_its_need(conn, id).await?;
+        }
+        // Another round finds what was added while this one waited for a lock.
+        if !failed {
+            return Ok(());
         }
     }
-    Ok(())
+}
+
+/// Fails a locked job if something that it needs has not succeeded and never will.
+async fn fail_with_its_need(conn: &mut PgConnection, job_id: &str) -> Result<bool, sqlx::Error> {
+    let cause = sqlx::query_scalar!(
+        "SELECT n.id FROM job_dependencies d JOIN jobs n ON n.id = d.needs
+         WHERE d.job_id = $1 AND n.state IN ('failed', 'cancelled') ORDER BY n.seq LIMIT 1",
+        job_id,
+    )
+    .fetch_optional(&mut *conn)
+    .await?;
+    let Some(cause) = cause else { return Ok(false) };
+    let failure = Failure {
+        code: FailureCode::DependencyFailed,
+        message: format!(
+            "The job {cause}, which this one needs, did not succeed. Repair and repeat that one, then create this one again."
+        ),
+        param: None,
+        retryable: false,
+    };
+    let failed = sqlx::query!(
+        "UPDATE jobs SET state = 'failed', error = $2, finished_at = now(), phase = NULL
+         WHERE id = $1 AND state IN ('blocked', 'paused')",
+        job_id,
+        error_of(&failure),
+    )
+    .execute(&mut *conn)
+    .await?;
+    if failed.rows_affected() == 0 {
+        return Ok(false);
+    }
+    fail_resources(conn, job_id, &failure).await?;
+    events::append(conn, job_id, Level::Error, "job.failed", &failure.message, &json!({ "code": failure.code })).await?;
+    Ok(true)
 }
 
 /// Fails what a job was to make.

@@ -77,6 +77,7 @@ pub const TRANSITIONS: &[(JobState, JobState)] = {
         (Queued, Cancelled),
         (Running, Queued),
         (Running, Pausing),
+        (Running, Paused),
         (Running, Cancelling),
         (Running, Succeeded),
         (Running, Failed),

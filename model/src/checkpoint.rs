@@ -3,7 +3,8 @@
 //! A checkpoint is a folder with `weights.safetensors`, `optimizer.safetensors` and `manifest.json`,
 //! written last: a folder without a manifest is not a checkpoint. The manifest lists every logical
 //! tensor with its shards, so that the same format holds one rank's checkpoint and many ranks'. A
-//! model is a folder with `weights.safetensors`, `config.json` and its tokenizer's files. Names are
+//! model is a folder with `weights.safetensors`, `config.json` and its tokenizer's files. A checkpoint
+//! holds these too, so it is served and tuned as it lies, without a copy of its weights. Names are
 //! logical (see [`crate::nn::Parameters`]); padding is never written.
 
 use std::{
@@ -77,17 +78,19 @@ pub struct Trained<'a> {
     pub numerics: &'a Numerics,
     pub parameters: &'a Parameters,
     pub optimizer: &'a Adamw,
+    /// The folder of the tokenizer's files.
+    pub tokenizer: &'a Path,
 }
 
 /// Writes the checkpoint of `trained.state.step` to `folder`, replacing one that is there.
 ///
 /// # Errors
-/// `disk_full` before anything is written if fewer than `disk_low_bytes` would stay free.
-pub fn save(folder: &Path, trained: &Trained, disk_low_bytes: u64) -> Result<(), Failure> {
+/// `disk_full` before anything is written if fewer than `reserve_bytes` would stay free.
+pub fn save(folder: &Path, trained: &Trained, reserve_bytes: u64) -> Result<(), Failure> {
     let weights = owned(trained.parameters.logical());
     let optimizer: Tensors = trained.optimizer.logical(trained.parameters).into_iter().collect();
     let bytes = bytes_of(&weights) + bytes_of(&optimizer);
-    let staged = fresh_folder(folder, bytes, disk_low_bytes)?;
+    let staged = fresh_folder(folder, bytes, reserve_bytes)?;
     let mut manifest = Manifest {
         format: FORMAT,
         step: trained.state.step,
@@ -104,6 +107,10 @@ pub fn save(folder: &Path, trained: &Trained, disk_low_bytes: u64) -> Result<(),
             let entry = TensorEntry { dtype: dtype_name(tensor.kind()).into(), shape: tensor.size(), shards: vec![shard] };
             manifest.tensors.insert(name.clone(), entry);
         }
+    }
+    write_model_files(&staged, trained.spec, trained.tokenizer, None)?;
+    for name in TOKENIZER_FILES.into_iter().chain([CONFIG]) {
+        manifest.files.insert(name.into(), file_entry(&staged.join(name)).map_err(failure::io)?);
     }
     write_json(&staged.join(MANIFEST), &manifest).map_err(failure::io)?;
     publish(&staged, folder).map_err(failure::io)
@@ -141,7 +148,9 @@ pub struct ModelFile {
     pub method: Method,
     /// The job that made it.
     pub spec: JobSpec,
-    pub weights_sha256: String,
+    /// Absent in a checkpoint, whose manifest has the hashes of its files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights_sha256: Option<String>,
 }
 
 /// Writes a model's folder with a copy of its tokenizer; the hash of its weights.
@@ -150,30 +159,36 @@ pub fn save_model(
     spec: &JobSpec,
     parameters: &Parameters,
     tokenizer: &Path,
-    disk_low_bytes: u64,
+    reserve_bytes: u64,
 ) -> Result<String, Failure> {
     let weights = owned(parameters.logical());
-    let staged = fresh_folder(folder, bytes_of(&weights), disk_low_bytes)?;
+    let staged = fresh_folder(folder, bytes_of(&weights), reserve_bytes)?;
     write_tensors(&staged.join(WEIGHTS), &weights)?;
-    for file in TOKENIZER_FILES {
-        fs::copy(tokenizer.join(file), staged.join(file)).map_err(failure::io)?;
+    let weights_sha256 = weights_sha256(parameters);
+    write_model_files(&staged, spec, tokenizer, Some(weights_sha256.clone()))?;
+    publish(&staged, folder).map_err(failure::io)?;
+    Ok(weights_sha256)
+}
+
+/// What makes a folder with weights a model: its configuration and its tokenizer's files.
+fn write_model_files(folder: &Path, spec: &JobSpec, tokenizer: &Path, weights_sha256: Option<String>) -> Result<(), Failure> {
+    for name in TOKENIZER_FILES {
+        let to = folder.join(name);
+        fs::copy(tokenizer.join(name), &to).and_then(|_| File::open(&to)?.sync_all()).map_err(failure::io)?;
     }
     let template = match spec.method {
         Method::Instruction { template } => Some(template),
         Method::Pretrain { .. } => None,
     };
-    let weights_sha256 = weights_sha256(parameters);
     let file = ModelFile {
         format: FORMAT,
         model: spec.model.clone(),
         template,
         method: spec.method.clone(),
         spec: spec.clone(),
-        weights_sha256: weights_sha256.clone(),
+        weights_sha256,
     };
-    write_json(&staged.join(CONFIG), &file).map_err(failure::io)?;
-    publish(&staged, folder).map_err(failure::io)?;
-    Ok(weights_sha256)
+    write_json(&folder.join(CONFIG), &file).map_err(failure::io)
 }
 
 /// A model to run: its weights in `kind` on `device`, without gradients.
@@ -323,13 +338,13 @@ fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
 }
 
 /// An empty folder beside `folder` to write into.
-fn fresh_folder(folder: &Path, bytes: u64, disk_low_bytes: u64) -> Result<PathBuf, Failure> {
+fn fresh_folder(folder: &Path, bytes: u64, reserve_bytes: u64) -> Result<PathBuf, Failure> {
     let parent = folder.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(failure::io)?;
     let free = free_bytes(parent).map_err(failure::io)?;
-    if free < bytes.saturating_add(disk_low_bytes) {
+    if free < bytes.saturating_add(reserve_bytes) {
         let message = format!(
-            "a checkpoint needs {bytes} bytes and {disk_low_bytes} must stay free, but the disk has only {free}: free some space, then retry"
+            "a checkpoint needs {bytes} bytes and {reserve_bytes} must stay free, but the disk has only {free}: free some space, then resume the job"
         );
         return Err(Failure { retryable: true, ..failure::new(FailureCode::DiskFull, message) });
     }

@@ -79,7 +79,7 @@ pub async fn start(
     for prompt in prompts {
         fits(model, prompt, settings)?;
     }
-    let endpoint = replicas::endpoint(&state.db, &model.id, &model.artifact, model.bytes).await?;
+    let endpoint = replicas::endpoint(&state.db, model).await?;
     replicas::touch(&state.db, &endpoint.replica_id).await?;
     let mut choices = Vec::new();
     for prompt in prompts {

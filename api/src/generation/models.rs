@@ -1,10 +1,11 @@
-//! The model that a request names: its shape, its template and its tokenizer.
+//! The model that a request names: its shape, its template and its tokenizer. A checkpoint is one too.
 //!
 //! The row is read on every request, so a deleted model or another project's is never served from
 //! memory; only the tokenizer, whose folder never changes, is kept.
 
 use std::sync::Arc;
 
+use lathe_jobs::checkpoints;
 use lathe_model::{
     config::{ModelConfig, Template},
     tokenizer::Tokenizer,
@@ -14,9 +15,14 @@ use crate::{problem::ApiError, state::AppState};
 
 /// A ready model as generation needs it.
 pub struct Model {
+    /// As the request names it.
     pub id: String,
+    /// The model whose row stands behind it; another id only for a checkpoint.
+    pub model_id: String,
+    pub checkpoint_id: Option<String>,
     /// Key of the folder in the artifact store.
     pub artifact: String,
+    /// Of its weights.
     pub bytes: i64,
     pub config: ModelConfig,
     /// `None`: answers chat with 400 `no_chat_template`.
@@ -24,33 +30,43 @@ pub struct Model {
     pub tokenizer: Arc<Tokenizer>,
 }
 
-/// The project's model of that id.
+/// The project's model of that id, or its checkpoint of that name.
 ///
 /// # Errors
 /// 404 where there is none, 409 while it is not ready (it names the state and the job).
 pub async fn ready_model(state: &AppState, project_id: &str, id: &str) -> Result<Arc<Model>, ApiError> {
+    let mut conn = state.db.acquire().await?;
+    let checkpoint = checkpoints::find_named(&mut conn, id).await?;
     let row = sqlx::query!(
-        r#"SELECT state, artifact, config, template, bytes, job_id FROM models
+        r#"SELECT id, state, artifact, config, template, job_id FROM models
            WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL"#,
-        id,
+        checkpoint.as_ref().map_or(id, |checkpoint| &checkpoint.model_id),
         project_id
     )
-    .fetch_optional(&state.db)
+    .fetch_optional(&mut *conn)
     .await?
     .ok_or_else(|| ApiError::not_found("model", id).with_code("model_not_found"))?;
-    let artifact = match (row.state.as_str(), row.artifact) {
-        ("ready", Some(artifact)) => artifact,
-        (other, _) => {
+    drop(conn);
+    let (checkpoint_id, artifact) = match (checkpoint, row.state.as_str(), row.artifact) {
+        (Some(checkpoint), _, _) => (Some(checkpoint.id), checkpoint.artifact),
+        (None, "ready", Some(artifact)) => (None, artifact),
+        (None, other, _) => {
             let message = format!("The model '{id}' is {other}, not ready: see its job {}.", row.job_id);
             return Err(ApiError::conflict(message).with_code("model_not_ready"));
         }
     };
     let config: ModelConfig = serde_json::from_value(row.config).map_err(ApiError::internal)?;
     let template = row.template.map(|name| serde_json::from_value(name.into())).transpose().map_err(ApiError::internal)?;
-    let (tokenizers, folder, key) = (state.tokenizers.clone(), state.artifacts.path(&artifact), artifact.clone());
-    let tokenizer = tokio::task::spawn_blocking(move || tokenizers.get_or_load(&key, || Tokenizer::load(&folder)))
-        .await
-        .map_err(ApiError::internal)?
-        .map_err(ApiError::internal)?;
-    Ok(Arc::new(Model { id: id.to_owned(), artifact, bytes: row.bytes.unwrap_or(0), config, template, tokenizer }))
+    let (tokenizers, artifacts, key) = (state.tokenizers.clone(), state.artifacts.clone(), artifact.clone());
+    let loaded = tokio::task::spawn_blocking(move || {
+        let bytes = artifacts.size(&format!("{key}/weights.safetensors")).map_err(ApiError::internal)?;
+        let tokenizer = tokenizers.get_or_load(&key, || Tokenizer::load(&artifacts.path(&key))).map_err(ApiError::internal)?;
+        Ok::<_, ApiError>((tokenizer, i64::try_from(bytes).unwrap_or(i64::MAX)))
+    });
+    let (tokenizer, bytes) = loaded.await.map_err(ApiError::internal)?.map_err(|error| match checkpoint_id {
+        // Pruned since its row was read.
+        Some(_) => ApiError::not_found("model", id).with_code("model_not_found"),
+        None => error,
+    })?;
+    Ok(Arc::new(Model { id: id.to_owned(), model_id: row.id, checkpoint_id, artifact, bytes, config, template, tokenizer }))
 }

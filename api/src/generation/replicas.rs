@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
 
+use super::models::Model;
 use crate::problem::ApiError;
 
 /// How long a request waits for a model to load before 503 `model_loading`.
@@ -26,16 +27,16 @@ enum Standing {
     Failed(String),
 }
 
-/// Waits until `artifact` (the folder key of `model_id`) is served.
+/// Waits until the model's folder is served.
 ///
 /// # Errors
 /// 503 `model_loading` after [`LOADING_PATIENCE`], 503 `model_failed` where the engine could not start.
-pub async fn endpoint(db: &PgPool, model_id: &str, artifact: &str, bytes: i64) -> Result<Endpoint, ApiError> {
+pub async fn endpoint(db: &PgPool, model: &Model) -> Result<Endpoint, ApiError> {
     let deadline = Instant::now() + LOADING_PATIENCE;
     let mut poll = Duration::from_millis(20);
     let asked_at = std::time::SystemTime::now();
     loop {
-        match standing(db, model_id, artifact, bytes, asked_at).await? {
+        match standing(db, model, asked_at).await? {
             Standing::Ready(endpoint) => return Ok(endpoint),
             Standing::Failed(reason) => {
                 return Err(ApiError::unavailable("model_failed", 10, format!("The model could not be loaded: {reason}")));
@@ -52,17 +53,11 @@ pub async fn endpoint(db: &PgPool, model_id: &str, artifact: &str, bytes: i64) -
     }
 }
 
-async fn standing(
-    db: &PgPool,
-    model_id: &str,
-    artifact: &str,
-    bytes: i64,
-    asked_at: std::time::SystemTime,
-) -> Result<Standing, ApiError> {
+async fn standing(db: &PgPool, model: &Model, asked_at: std::time::SystemTime) -> Result<Standing, ApiError> {
     let live = sqlx::query!(
         r#"SELECT id, state, address, secret FROM replicas
            WHERE artifact = $1 AND state IN ('queued', 'starting', 'ready')"#,
-        artifact
+        model.artifact
     )
     .fetch_optional(db)
     .await?;
@@ -77,7 +72,7 @@ async fn standing(
         r#"SELECT error ->> 'message' FROM replicas
            WHERE artifact = $1 AND state = 'failed' AND stopped_at > now() - make_interval(secs => $2)
            ORDER BY stopped_at DESC LIMIT 1"#,
-        artifact,
+        model.artifact,
         waited
     )
     .fetch_optional(db)
@@ -87,15 +82,21 @@ async fn standing(
     }
     let id = lathe_jobs::ids::new("replica");
     sqlx::query!(
-        r#"INSERT INTO replicas (id, model_id, artifact, state, memory_bytes) VALUES ($1, $2, $3, 'queued', $4)
+        r#"INSERT INTO replicas (id, model_id, checkpoint_id, artifact, state, memory_bytes) VALUES ($1, $2, $3, $4, 'queued', $5)
            ON CONFLICT DO NOTHING"#,
         id,
-        model_id,
-        artifact,
-        bytes
+        model.model_id,
+        model.checkpoint_id,
+        model.artifact,
+        model.bytes
     )
     .execute(db)
-    .await?;
+    .await
+    .map_err(|error| match error.as_database_error().is_some_and(|refused| refused.is_foreign_key_violation()) {
+        // A checkpoint that was pruned meanwhile.
+        true => ApiError::not_found("model", &model.id).with_code("model_not_found"),
+        false => error.into(),
+    })?;
     sqlx::query!("SELECT pg_notify('lathe_replicas', $1)", id).execute(db).await?;
     Ok(Standing::Loading)
 }

@@ -1,6 +1,7 @@
 //! `/v1/models`: the registry, in OpenAI's shape with Lathe's lineage beside it.
 
 use axum::{Json, extract::State};
+use lathe_jobs::checkpoints;
 use serde::Serialize;
 use serde_json::Value;
 use sqlx::PgPool;
@@ -142,6 +143,8 @@ async fn list_models(State(state): State<AppState>, project: Project) -> Result<
 }
 
 /// Get a model
+///
+/// Or a checkpoint of one, by its name (`…:ckpt-step-N`); its other fields are its model's.
 #[utoipa::path(
     get, path = "/v1/models/{model}", operation_id = "get_model", tag = "models",
     params(("model" = String, Path, description = "The model's id")),
@@ -152,8 +155,23 @@ async fn get_model(
     project: Project,
     Path(id): Path<String>,
 ) -> Result<Json<ModelObject>, ApiError> {
-    let row = rows(&state.db, &project.project_id, Some(&id)).await?.pop();
-    row.map(|row| Json(row.into())).ok_or_else(|| ApiError::not_found("model", &id).with_code("model_not_found"))
+    let mut conn = state.db.acquire().await?;
+    let checkpoint = checkpoints::find_named(&mut conn, &id).await?;
+    drop(conn);
+    let model = checkpoint.as_ref().map_or(&id, |checkpoint| &checkpoint.model_id);
+    let row = rows(&state.db, &project.project_id, Some(model)).await?.pop();
+    let mut found: ModelObject = row.ok_or_else(|| ApiError::not_found("model", &id).with_code("model_not_found"))?.into();
+    if let Some(checkpoint) = checkpoint {
+        found = ModelObject {
+            id,
+            created: checkpoint.created_at.unix_timestamp(),
+            state: "ready".into(),
+            error: None,
+            weights_sha256: None,
+            ..found
+        };
+    }
+    Ok(Json(found))
 }
 
 /// Delete a model
@@ -183,7 +201,8 @@ async fn delete_model(
     .await?
     .ok_or_else(|| ApiError::not_found("model", &id).with_code("model_not_found"))?;
     let users = sqlx::query_scalar!(
-        "SELECT id FROM jobs WHERE (model_id = $1 OR base_model_id = $1) AND finished_at IS NULL ORDER BY created_at LIMIT 5",
+        "SELECT id FROM jobs WHERE (model_id = $1 OR base_model_id = $1 OR starts_with(base_model_id, $1 || ':ckpt-step-'))
+           AND finished_at IS NULL ORDER BY created_at LIMIT 5",
         id
     )
     .fetch_all(&mut *transaction)
@@ -194,7 +213,9 @@ async fn delete_model(
     }
     sqlx::query!("UPDATE models SET deleted_at = now(), artifact = NULL WHERE id = $1", id).execute(&mut *transaction).await?;
     let replicas = sqlx::query_scalar!(
-        "UPDATE replicas SET state = 'stopping' WHERE model_id = $1 AND state IN ('queued', 'starting', 'ready') RETURNING id",
+        "UPDATE replicas SET state = CASE WHEN state = 'queued' THEN 'stopped' ELSE 'stopping' END,
+             stopped_at = CASE WHEN state = 'queued' THEN now() END
+         WHERE model_id = $1 AND state IN ('queued', 'starting', 'ready') RETURNING id",
         id
     )
     .fetch_all(&mut *transaction)

@@ -71,10 +71,11 @@ async fn model_folder(context: &Context, id: &str) -> Result<PathBuf, PrepareErr
     }
 }
 
-/// A model may be named by a checkpoint's id.
-async fn checkpoint_folder(context: &Context, id: &str) -> Result<Option<PathBuf>, PrepareError> {
-    let artifact = sqlx::query_scalar!("SELECT artifact FROM checkpoints WHERE id = $1", id).fetch_optional(&context.db).await?;
-    Ok(artifact.map(|key| existing(context, &key)).transpose()?)
+/// A checkpoint may stand for a model; its folder holds what one needs.
+async fn checkpoint_folder(context: &Context, name: &str) -> Result<Option<PathBuf>, PrepareError> {
+    let mut conn = context.db.acquire().await?;
+    let found = checkpoints::find_named(&mut conn, name).await?;
+    Ok(found.map(|checkpoint| existing(context, &checkpoint.artifact)).transpose()?)
 }
 
 #[derive(Debug, Default)]

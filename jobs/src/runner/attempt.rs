@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use lathe_model::protocol::{Command, Exit, Failure, FailureCode, Level, Report, TaskResult};
+use lathe_model::protocol::{Command, Exit, Failure, FailureCode, Level, Report, Task, TaskResult};
 use serde_json::json;
 use tokio::{sync::watch, time::Instant};
 
@@ -155,9 +155,11 @@ async fn end(attempt: &Attempt, mut ending: Ending) {
 
 fn publishing_failed(error: &artifacts::ArtifactError) -> Failure {
     match error.is_disk_full() {
-        true => {
-            failure(FailureCode::DiskFull, "The disk has no room for the result. Free some space; the job is tried again.", true)
-        }
+        true => failure(
+            FailureCode::DiskFull,
+            "The disk has no room for the result. Free some space, then resume or repeat the job.",
+            true,
+        ),
         false => failure(FailureCode::Internal, "The result could not be published; the log of the runner says why.", true),
     }
 }
@@ -375,7 +377,10 @@ async fn converse(
             return Some(Ending::Failed(failure(FailureCode::Internal, format!("The task cannot be written: {error}"), false)));
         }
     }
-    let mut talk = Talk { told: None, deadline: prepared.wall.map(|wall| Instant::now() + wall), overdue: false, last: None };
+    let deadline = prepared.wall.map(|wall| Instant::now() + wall);
+    let mut talk = Talk { told: None, deadline, overdue: false, disk_low: false, last: None };
+    // Others would begin anew, so they are left to end.
+    let saves = matches!(prepared.worker.task, Task::Train(_));
     let mut line = Vec::new();
     // What was asked while the task was prepared is heard as well.
     control.mark_changed();
@@ -405,6 +410,10 @@ async fn converse(
                 }
             }
             () = attempt.context.must_stop(), if told.is_none() => talk.tell(&mut child, Command::Pause, STOP_GRACE).await,
+            () = attempt.context.disk_is_low(), if told.is_none() && saves => {
+                talk.disk_low = true;
+                talk.tell(&mut child, Command::Pause, PAUSE_GRACE).await;
+            }
             () = until(talk.deadline) => {
                 talk.overdue = true;
                 talk.deadline = None;
@@ -435,6 +444,8 @@ struct Talk {
     deadline: Option<Instant>,
     /// It was killed for taking too long.
     overdue: bool,
+    /// It was told to stop because the disk is nearly full.
+    disk_low: bool,
     last: Option<Result<TaskResult, Failure>>,
 }
 
@@ -505,7 +516,11 @@ impl Talk {
             _ => {}
         }
         if self.told.is_some() && (self.overdue || self.last.is_some() || code == Some(Exit::Stopped as i32)) {
-            return if attempt.context.is_stopping() { Ending::Interrupted } else { Ending::Stopped };
+            return match (attempt.context.is_stopping(), self.disk_low) {
+                (true, _) => Ending::Interrupted,
+                (false, true) => Ending::DiskLow,
+                (false, false) => Ending::Stopped,
+            };
         }
         if self.overdue {
             return Ending::Failed(failure(

@@ -20,7 +20,7 @@ use std::{
 
 use sqlx::{
     PgPool,
-    postgres::{PgListener, PgPoolOptions},
+    postgres::{PgConnectOptions, PgListener, PgPoolOptions},
 };
 use tokio::{
     sync::{Notify, broadcast, watch},
@@ -110,6 +110,8 @@ pub struct Context {
     stopping: watch::Receiver<bool>,
     /// Set once, when it can wait no longer.
     gone: watch::Receiver<bool>,
+    /// Less of the artifacts' disk is free than must stay free.
+    disk_low: watch::Sender<bool>,
     /// Work may be there.
     wake: Notify,
     /// Replicas may be there.
@@ -130,8 +132,29 @@ impl Context {
         raised(self.gone.clone()).await;
     }
 
+    /// Resolves when the disk of the artifacts is nearly full.
+    pub async fn disk_is_low(&self) {
+        raised(self.disk_low.subscribe()).await;
+    }
+
     pub fn is_stopping(&self) -> bool {
         *self.stopping.borrow()
+    }
+
+    /// Whether the disk is nearly full now, for everyone who waits for it. One that cannot be read is not.
+    async fn look_at_disk(&self) -> bool {
+        let (artifacts, low_bytes) = (self.artifacts.clone(), self.config.disk_low_bytes);
+        let found = tokio::task::spawn_blocking(move || housekeeping::disk_state(&artifacts, low_bytes)).await;
+        let low = matches!(found, Ok(Ok(disk)) if disk.low);
+        let changed = self.disk_low.send_if_modified(|known| std::mem::replace(known, low) != low);
+        match (changed, low) {
+            (true, true) => {
+                tracing::warn!("the disk of the artifacts is nearly full: trainings save and wait, no job is claimed")
+            }
+            (true, false) => tracing::info!("the disk of the artifacts has room again"),
+            (false, _) => {}
+        }
+        low
     }
 
     fn remember_keep(&self, lease: &Lease, keep: i64) {
@@ -158,10 +181,13 @@ async fn raised(mut flag: watch::Receiver<bool>) {
 /// Runs until `shutdown` resolves and everything is put in order.
 pub async fn run(config: RunnerConfig, shutdown: impl Future<Output = ()>) -> Result<(), RunnerError> {
     let artifacts = Artifacts::open(&config.artifacts)?;
+    // A runner that stands still in a transaction must not hold its rows longer than its lease.
+    let idle = format!("{}ms", (config.lease_seconds * 1000.0).round());
+    let options = config.database_url.parse::<PgConnectOptions>()?.options([("idle_in_transaction_session_timeout", idle)]);
     let db = PgPoolOptions::new()
         .max_connections(16)
         .acquire_timeout(Duration::from_secs_f64((config.lease_seconds / 3.0).clamp(1.0, 10.0)))
-        .connect(&config.database_url)
+        .connect_with(options)
         .await?;
     prove_shared(&db, &artifacts).await?;
     let offered = match config.offer_devices {
@@ -178,6 +204,7 @@ pub async fn run(config: RunnerConfig, shutdown: impl Future<Output = ()>) -> Re
         runner_id: ids::new("runner"),
         stopping,
         gone,
+        disk_low: watch::Sender::new(false),
         wake: Notify::new(),
         wake_replicas: Notify::new(),
         spoken_of: broadcast::Sender::new(256),
@@ -188,6 +215,7 @@ pub async fn run(config: RunnerConfig, shutdown: impl Future<Output = ()>) -> Re
     let mut background = JoinSet::new();
     background.spawn(listen(context.clone()));
     background.spawn(stay_registered(context.clone()));
+    background.spawn(watch_disk(context.clone()));
     background.spawn(reaper::run(context.db.clone(), context.artifacts.clone(), context.config.lease_seconds));
     background.spawn(housekeeping::run(context.db.clone(), context.artifacts.clone()));
     let mut work = JoinSet::new();
@@ -271,6 +299,13 @@ async fn stay_registered(context: Arc<Context>) {
     }
 }
 
+async fn watch_disk(context: Arc<Context>) {
+    loop {
+        context.look_at_disk().await;
+        tokio::time::sleep(POLL).await;
+    }
+}
+
 /// Turns notifications into wake-ups; while there is no connection, polling alone finds work.
 async fn listen(context: Arc<Context>) {
     loop {
@@ -347,8 +382,8 @@ async fn claim(context: &Context, pool: Pool, slot: &Device) -> Option<lease::Cl
     if context.is_stopping() {
         return None;
     }
-    if housekeeping::disk_state(&context.artifacts, context.config.disk_low_bytes).is_ok_and(|disk| disk.low) {
-        tracing::warn!("no job is claimed: the disk of the artifacts is nearly full");
+    // Asked anew: what a claim begins would have to stop again.
+    if context.look_at_disk().await {
         return None;
     }
     let claimant = Claimant {

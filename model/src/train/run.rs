@@ -230,7 +230,8 @@ impl Run {
             return Ok(());
         }
         self.observe(0, None, report)?;
-        let folder = self.write(&self.state.step.to_string())?;
+        // The low mark is kept free for this: what has been trained is saved as long as it fits.
+        let folder = self.write(&self.state.step.to_string(), 0)?;
         self.saved = (self.state.step, Instant::now());
         let (loss, validation_loss) = (self.state.loss.map(f64::from), self.state.validation_loss.map(f64::from));
         report.send(Report::Checkpoint { step: self.state.step, folder, loss, validation_loss, best });
@@ -241,7 +242,7 @@ impl Run {
     /// checkpoint is met before the work and not after it.
     pub fn rehearse_saving(&mut self, report: &mut Reporter) -> Result<(), Halt> {
         let begun = Instant::now();
-        let folder = self.write("rehearsal")?;
+        let folder = self.write("rehearsal", self.disk_low_bytes)?;
         checkpoint::verify(&folder)?;
         checkpoint::load(&folder, &self.parameters, &self.optimizer)?;
         std::fs::remove_dir_all(&folder).map_err(failure::io)?;
@@ -250,7 +251,7 @@ impl Run {
         Ok(())
     }
 
-    fn write(&self, name: &str) -> Result<PathBuf, Halt> {
+    fn write(&self, name: &str, reserve_bytes: u64) -> Result<PathBuf, Halt> {
         let folder = self.staging.join(name);
         let trained = Trained {
             spec: &self.spec,
@@ -258,16 +259,16 @@ impl Run {
             numerics: &self.numerics,
             parameters: &self.parameters,
             optimizer: &self.optimizer,
+            tokenizer: &self.tokenizer_folder,
         };
-        checkpoint::save(&folder, &trained, self.disk_low_bytes)?;
+        checkpoint::save(&folder, &trained, reserve_bytes)?;
         Ok(folder)
     }
 
     /// Writes the model's folder.
     pub fn publish(&self) -> Result<TaskResult, Halt> {
         let folder = self.staging.join("model");
-        let weights_sha256 =
-            checkpoint::save_model(&folder, &self.spec, &self.parameters, &self.tokenizer_folder, self.disk_low_bytes)?;
+        let weights_sha256 = checkpoint::save_model(&folder, &self.spec, &self.parameters, &self.tokenizer_folder, 0)?;
         let template = match self.spec.method {
             Method::Instruction { template } => Some(template.name().to_owned()),
             Method::Pretrain { .. } => None,

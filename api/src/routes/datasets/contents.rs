@@ -275,8 +275,10 @@ struct Counted {
 /// What the counting job has found, adding that job if there is none.
 async fn count_tokens(conn: &mut PgConnection, project_id: &str, dataset: &str, tokenizer: &str) -> Result<Counted, ApiError> {
     let mut tx = conn.begin().await?;
-    // Two requests at the same time add one job.
-    sqlx::query!("SELECT id FROM datasets WHERE id = $1 FOR UPDATE", dataset).fetch_one(&mut *tx).await?;
+    // Two requests at the same time add one job. The row itself stays free: jobs are locked below.
+    sqlx::query!("SELECT pg_advisory_xact_lock(hashtextextended($1, 0)) AS locked", format!("statistics/{dataset}/{tokenizer}"))
+        .fetch_one(&mut *tx)
+        .await?;
     let tokenizer_job = tokenizers::find_usable(&mut tx, project_id, tokenizer, "tokenizer").await?;
     let known = sqlx::query!(
         r#"SELECT s.statistics, j.state AS "state: JobState", j.error FROM dataset_token_statistics s JOIN jobs j ON j.id = s.job_id

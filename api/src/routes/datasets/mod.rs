@@ -334,31 +334,40 @@ async fn delete_dataset(
     Path(id): Path<String>,
 ) -> Result<Json<Deleted>, ApiError> {
     let mut conn = state.db.acquire().await?;
-    let mut tx = conn.begin().await?;
-    let row = sqlx::query!(
-        "SELECT job_id, artifact FROM datasets WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR UPDATE",
+    let job_id = sqlx::query_scalar!(
+        "SELECT job_id FROM datasets WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL",
         id,
         project.project_id
     )
-    .fetch_optional(&mut *tx)
+    .fetch_optional(&mut *conn)
     .await?
     .ok_or_else(|| ApiError::not_found("dataset", &id))?;
+    refuse_if_needed(&mut conn, &id, &job_id).await?;
+    // Committed before the row is locked: whoever holds a job may be about to write what it makes.
+    resource::stop_making(&mut conn, &job_id).await?;
+    let mut tx = conn.begin().await?;
+    let artifact = sqlx::query_scalar!("SELECT artifact FROM datasets WHERE id = $1 AND deleted_at IS NULL FOR UPDATE", id)
+        .fetch_optional(&mut *tx)
+        .await?
+        .ok_or_else(|| ApiError::not_found("dataset", &id))?;
+    refuse_if_needed(&mut tx, &id, &job_id).await?;
+    sqlx::query!("UPDATE datasets SET deleted_at = now(), artifact = NULL WHERE id = $1", id).execute(&mut *tx).await?;
+    tx.commit().await?;
+    resource::remove_artifacts(&state, artifact.into_iter().collect()).await;
+    Ok(Json(Deleted { id, object: "dataset", deleted: true }))
+}
+
+/// 409 while unfinished work, the job that makes it aside, needs the dataset.
+async fn refuse_if_needed(conn: &mut PgConnection, id: &str, job_id: &str) -> Result<(), ApiError> {
     let users = sqlx::query_scalar!(
         "SELECT id FROM jobs
          WHERE finished_at IS NULL AND id <> $2
            AND (dataset_id = $1 OR validation_dataset_id = $1 OR spec #> '{source,exclude}' @> to_jsonb($1::text))
          ORDER BY created_at LIMIT 10",
         id,
-        row.job_id,
+        job_id,
     )
-    .fetch_all(&mut *tx)
+    .fetch_all(conn)
     .await?;
-    if !users.is_empty() {
-        return Err(resource::in_use("dataset", &id, &users));
-    }
-    resource::stop_making(&mut tx, &row.job_id).await?;
-    sqlx::query!("UPDATE datasets SET deleted_at = now(), artifact = NULL WHERE id = $1", id).execute(&mut *tx).await?;
-    tx.commit().await?;
-    resource::remove_artifacts(&state, row.artifact.into_iter().collect()).await;
-    Ok(Json(Deleted { id, object: "dataset", deleted: true }))
+    if users.is_empty() { Ok(()) } else { Err(resource::in_use("dataset", id, &users)) }
 }

@@ -1,6 +1,6 @@
 //! OpenAI's shapes of fine-tuning jobs, their events and checkpoints. Every key is always there.
 
-use lathe_jobs::state::JobState;
+use lathe_jobs::{checkpoints, state::JobState};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use time::OffsetDateTime;
@@ -363,7 +363,7 @@ pub struct FineTuningCheckpointObject {
     #[schema(examples("fine_tuning.job.checkpoint"))]
     object: &'static str,
     created_at: i64,
-    /// The model's id with `:ckpt-step-` and the step.
+    /// The model's id with `:ckpt-step-` and the step: it answers, and serves as a `model` to tune.
     fine_tuned_model_checkpoint: String,
     fine_tuning_job_id: String,
     metrics: FineTuningCheckpointMetrics,
@@ -383,7 +383,7 @@ impl FineTuningCheckpointObject {
             id: row.id,
             object: "fine_tuning.job.checkpoint",
             created_at: resource::seconds(row.created_at),
-            fine_tuned_model_checkpoint: format!("{model}:ckpt-step-{}", row.step),
+            fine_tuned_model_checkpoint: checkpoints::model_name(model, row.step),
             fine_tuning_job_id: job_id.to_owned(),
             metrics: FineTuningCheckpointMetrics { step: row.step, train_loss: row.loss, full_valid_loss: row.validation_loss },
             step_number: row.step,

@@ -59,6 +59,7 @@ fn refused(error: TransitionError, id: &str, participle: &str) -> ApiError {
         TransitionError::Illegal { from } => {
             ApiError::conflict(format!("The job `{id}` is {from} and cannot be {participle}.")).with_code("illegal_state")
         }
+        TransitionError::InUse { users } => resource::in_use("training job", id, &users),
         TransitionError::Database(error) => error.into(),
     }
 }
@@ -114,7 +115,8 @@ async fn resume_training_job(
 
 /// Delete a training job
 ///
-/// Only one that has ended, and that no unfinished job waits for. Its checkpoints go; its model stays.
+/// Only one that has ended, and that no unfinished job waits for or starts from. Its checkpoints go, and
+/// engines that serve one stop; its model stays.
 #[utoipa::path(
     delete, path = "/v1/training/jobs/{job_id}", operation_id = "delete_training_job", tag = "training", params(("job_id" = String, Path)),
     responses((status = 200, description = "Deleted", body = Deleted), (status = 409, description = "It has not ended, or an unfinished job needs it"))

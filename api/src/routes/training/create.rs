@@ -2,7 +2,7 @@
 
 use axum::{Json, extract::State, http::StatusCode};
 use lathe_jobs::{
-    events, ids,
+    checkpoints, events, ids,
     queue::{self, NewJob},
     spec::Spec,
     state::ResourceState,
@@ -63,6 +63,8 @@ struct Start {
     config: ModelConfig,
     tokenizer_id: Option<String>,
     base_model_id: Option<String>,
+    /// The checkpoint that the base's name stands for.
+    checkpoint_id: Option<String>,
     needs: Option<String>,
 }
 
@@ -124,6 +126,11 @@ pub(in crate::routes) async fn insert(
         needs,
     };
     let state = queue::enqueue(conn, job).await.map_err(resource::not_enqueued)?;
+    if let Some(checkpoint_id) = start.checkpoint_id
+        && !checkpoints::hold(conn, &checkpoint_id).await?
+    {
+        return Err(resource::unknown("model", start.base_model_id.as_deref().unwrap_or_default(), "base_model"));
+    }
     sqlx::query!(
         "INSERT INTO models (id, project_id, name, state, job_id, base_model_id, dataset_id, tokenizer_id, config, template, code_version, metadata)
          VALUES ($1, $2, $3, 'queued', $4, $5, $6, $7, $8, $9, $10, $11)",
@@ -158,27 +165,30 @@ async fn start_fresh(
             sqlx::query_scalar!("SELECT vocabulary FROM tokenizers WHERE id = $1", tokenizer).fetch_one(conn).await?;
         config.vocabulary = vocabulary.unwrap_or(0);
     }
-    Ok(Start { config, tokenizer_id: Some(tokenizer.to_owned()), base_model_id: None, needs })
+    Ok(Start { config, tokenizer_id: Some(tokenizer.to_owned()), base_model_id: None, checkpoint_id: None, needs })
 }
 
-/// Locks the base against deletion until the transaction ends.
+/// Locks the base against deletion until the transaction ends. A checkpoint is ready whatever its job is.
 async fn start_from(conn: &mut PgConnection, project_id: &str, base: &str) -> Result<Start, ApiError> {
+    let checkpoint = checkpoints::find_named(conn, base).await?;
     let row = sqlx::query!(
         r#"SELECT state AS "state: ResourceState", job_id, config, tokenizer_id FROM models
            WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR KEY SHARE"#,
-        base,
+        checkpoint.as_ref().map_or(base, |checkpoint| &checkpoint.model_id),
         project_id,
     )
     .fetch_optional(conn)
     .await?
     .ok_or_else(|| resource::unknown("model", base, "base_model"))?;
     let needs = match row.state {
+        _ if checkpoint.is_some() => None,
         ResourceState::Ready => None,
         ResourceState::Queued | ResourceState::Running => Some(row.job_id),
         ResourceState::Failed => return Err(resource::has_failed("model", base, "base_model")),
     };
     let config = serde_json::from_value(row.config).map_err(ApiError::internal)?;
-    Ok(Start { config, tokenizer_id: row.tokenizer_id, base_model_id: Some(base.to_owned()), needs })
+    let checkpoint_id = checkpoint.map(|checkpoint| checkpoint.id);
+    Ok(Start { config, tokenizer_id: row.tokenizer_id, base_model_id: Some(base.to_owned()), checkpoint_id, needs })
 }
 
 async fn check_after(conn: &mut PgConnection, project_id: &str, after: &[String]) -> Result<(), ApiError> {
@@ -195,9 +205,11 @@ async fn check_after(conn: &mut PgConnection, project_id: &str, after: &[String]
     }
 }
 
-/// `ft:base:org:suffix:id`. A base that is itself tuned gives its own base's name.
+/// `ft:base:org:suffix:id`. A base that is itself tuned gives its own base's name, a checkpoint its
+/// model's.
 fn tuned_model_id(base: &str, project: &str, suffix: &str, job_id: &str) -> String {
-    let base = base.strip_prefix("ft:").and_then(|rest| rest.split(':').next()).unwrap_or(base);
+    let base = base.strip_prefix("ft:").unwrap_or(base);
+    let base = base.split(':').next().unwrap_or(base);
     let tail: String = job_id.chars().rev().take(12).collect::<Vec<_>>().into_iter().rev().collect();
     format!("ft:{base}:{}:{}:{}", plain(project), plain(suffix), tail.to_lowercase())
 }
@@ -219,5 +231,7 @@ mod tests {
             tuned_model_id(&id, "p", "", "ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N").split(':').collect::<Vec<_>>()[..4],
             ["ft", "model-1", "p", ""]
         );
+        let of_checkpoint = tuned_model_id("model-1:ckpt-step-5", "p", "x", "ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N");
+        assert_eq!(of_checkpoint, "ft:model-1:p:x:8x2y6c0v1b4n");
     }
 }

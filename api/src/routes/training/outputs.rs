@@ -7,6 +7,7 @@ use std::{
 };
 
 use axum::{Json, extract::State};
+use lathe_jobs::checkpoints;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -33,6 +34,9 @@ pub struct CheckpointObject {
     id: String,
     #[schema(examples("training.checkpoint"))]
     object: &'static str,
+    /// The name under which it answers, and serves as a `base_model`.
+    #[schema(examples("model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N:ckpt-step-200"))]
+    model: String,
     step: i64,
     attempt: i32,
     bytes: i64,
@@ -57,7 +61,7 @@ async fn list_training_checkpoints(
     Path(id): Path<String>,
 ) -> Result<Json<List<CheckpointObject>>, ApiError> {
     let mut conn = state.db.acquire().await?;
-    super::find(&mut conn, &project.project_id, &id).await?;
+    let model_id = super::find(&mut conn, &project.project_id, &id).await?.model_id.unwrap_or_default();
     let page = Page::first(MOST_CHECKPOINTS, None);
     let rows = sqlx::query!(
         "SELECT id, step, attempt, bytes, loss, validation_loss, best, created_at FROM checkpoints WHERE job_id = $1 ORDER BY step DESC, attempt DESC LIMIT $2",
@@ -66,9 +70,10 @@ async fn list_training_checkpoints(
     )
     .fetch_all(&mut *conn)
     .await?;
-    let checkpoints = rows.into_iter().map(|row| CheckpointObject {
+    let listed = rows.into_iter().map(|row| CheckpointObject {
         id: row.id,
         object: "training.checkpoint",
+        model: checkpoints::model_name(&model_id, row.step),
         step: row.step,
         attempt: row.attempt,
         bytes: row.bytes,
@@ -77,7 +82,7 @@ async fn list_training_checkpoints(
         best: row.best,
         created_at: super::milliseconds(row.created_at),
     });
-    Ok(Json(List::of(checkpoints.collect(), &page, |checkpoint| &checkpoint.id)))
+    Ok(Json(List::of(listed.collect(), &page, |checkpoint| &checkpoint.id)))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]
