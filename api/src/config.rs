@@ -157,6 +157,9 @@ pub struct ApiOptions {
     /// Seconds in which a body must bring its next bytes.
     #[arg(long, env = "LATHE_IDLE_BODY_SECONDS", default_value_t = 60, value_name = "SECONDS")]
     pub idle_body_seconds: u64,
+    /// Seconds in which an answer of a model must be finished, from its start on a loaded model.
+    #[arg(long, env = "LATHE_GENERATION_SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=604_800), value_name = "SECONDS")]
+    pub generation_seconds: u64,
     /// Origins that browsers may call from; none, no CORS headers.
     #[arg(long = "cors-origin", env = "LATHE_CORS_ORIGIN", value_delimiter = ',', value_name = "ORIGIN")]
     pub cors_origins: Vec<HeaderValue>,
@@ -174,6 +177,7 @@ impl ApiOptions {
             ("LATHE_PART_LIMIT", self.part_limit.to_string()),
             ("LATHE_HEADER_SECONDS", self.header_seconds.to_string()),
             ("LATHE_IDLE_BODY_SECONDS", self.idle_body_seconds.to_string()),
+            ("LATHE_GENERATION_SECONDS", self.generation_seconds.to_string()),
         ];
         pairs.extend(self.api_key.clone().map(|key| ("LATHE_API_KEY", key)));
         pairs.extend(self.metrics_token.clone().map(|token| ("LATHE_METRICS_TOKEN", token)));
@@ -193,6 +197,7 @@ impl ApiOptions {
             disk_low_bytes: store.disk_low_bytes,
             header_timeout: Duration::from_secs(self.header_seconds),
             idle_body_timeout: Duration::from_secs(self.idle_body_seconds),
+            generation_deadline: Duration::from_secs(self.generation_seconds),
             ..ApiConfig::default()
         }
     }

@@ -140,6 +140,15 @@ impl ApiError {
         error
     }
 
+    /// 504: an answer took longer than the operator allows; the same again would too.
+    pub fn generation_deadline(limit: std::time::Duration) -> ApiError {
+        let message = format!(
+            "The answer was not finished within the {} seconds that this server allows: ask for fewer tokens.",
+            limit.as_secs()
+        );
+        ApiError::new(StatusCode::GATEWAY_TIMEOUT, "server_error", message).with_code("generation_deadline")
+    }
+
     pub fn insufficient_storage() -> ApiError {
         let message =
             "The disk is full. Delete files, datasets or models that are no longer needed, or give the data directory more room.";
@@ -160,7 +169,7 @@ impl IntoResponse for ApiError {
         let headers = response.headers_mut();
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, seconds.into());
-        } else if self.status == StatusCode::CONFLICT || self.status == StatusCode::INSUFFICIENT_STORAGE {
+        } else if [StatusCode::CONFLICT, StatusCode::INSUFFICIENT_STORAGE, StatusCode::GATEWAY_TIMEOUT].contains(&self.status) {
             // SDKs retry these statuses by themselves unless told that it is of no use.
             headers.insert("x-should-retry", HeaderValue::from_static("false"));
         }

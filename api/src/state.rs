@@ -30,6 +30,12 @@ pub struct ApiConfig {
     pub header_timeout: Duration,
     /// Time in which a body must bring its next bytes.
     pub idle_body_timeout: Duration,
+    /// Time in which an answer must be finished, counted from its start on a loaded model.
+    pub generation_deadline: Duration,
+    /// Time that a request waits for its model to load.
+    pub loading_patience: Duration,
+    /// Between the comments that keep a silent stream's connection alive.
+    pub stream_comments: Duration,
     /// Time that open requests get to end at shutdown.
     pub shutdown_grace: Duration,
 }
@@ -44,6 +50,9 @@ impl Default for ApiConfig {
             disk_low_bytes: 1 << 30,
             header_timeout: Duration::from_secs(10),
             idle_body_timeout: Duration::from_secs(60),
+            generation_deadline: Duration::from_secs(600),
+            loading_patience: Duration::from_secs(60),
+            stream_comments: Duration::from_secs(10),
             shutdown_grace: Duration::from_secs(5),
         }
     }
@@ -60,6 +69,7 @@ pub struct AppState {
     pub db: PgPool,
     pub artifacts: Artifacts,
     pub config: Arc<ApiConfig>,
+    /// For engines.
     pub http: reqwest::Client,
     pub keys: Arc<KeyCache>,
     pub requests: Arc<RequestCounts>,
@@ -75,7 +85,8 @@ impl AppState {
             db,
             artifacts,
             config: Arc::new(config),
-            http: reqwest::Client::new(),
+            // Engines are near: a proxy of the environment is not for them.
+            http: reqwest::Client::builder().no_proxy().build().unwrap_or_default(),
             keys: Arc::default(),
             requests: Arc::default(),
             tokenizers: Arc::default(),

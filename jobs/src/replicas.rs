@@ -2,8 +2,8 @@
 //!
 //! Somebody who wants a model served inserts a queued row and waits until it is ready. A runner with
 //! memory for it claims the row, starts `lathe engine`, and keeps the lease. Replicas that nobody uses
-//! are unloaded. An engine that dies while it loads fails its row; one that dies later is queued
-//! again. A database that is away stops no engine.
+//! are unloaded. An engine that dies while it loads fails its row; one that dies later, or no longer
+//! says that it is alive, is queued again. A database that is away stops no engine.
 
 use std::{sync::Arc, time::Duration};
 
@@ -32,6 +32,8 @@ const SECRET_VARIABLE: &str = "LATHE_ENGINE_SECRET";
 const POLL: Duration = Duration::from_secs(1);
 /// How long an engine may take to load its model.
 const LOAD: Duration = Duration::from_secs(300);
+/// A loaded engine that is not heard of for so long hangs.
+const SILENCE: Duration = Duration::from_secs(10);
 /// How long an engine that is told to stop may finish what it generates.
 const DRAIN: Duration = Duration::from_secs(30);
 /// The same when the runner itself stops.
@@ -48,10 +50,18 @@ struct Claimed {
     secret: String,
 }
 
-/// What an engine says once its model is loaded.
+/// What an engine says: once that its model is loaded, and from then on every second that it lives.
 #[derive(Debug, Deserialize)]
-struct Report {
-    ready: Ready,
+#[serde(rename_all = "snake_case")]
+enum Report {
+    Ready(Ready),
+    Alive(Alive),
+}
+
+#[derive(Debug, Deserialize)]
+struct Alive {
+    /// Sequences that it generates or that wait.
+    open: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -149,7 +159,7 @@ enum End {
     Stopped,
     /// It never came to be ready.
     NotLoaded(String),
-    /// It was ready, and died.
+    /// It was ready, and died or hangs.
     Died,
     LeaseLost,
 }
@@ -168,6 +178,9 @@ async fn serve(context: Arc<Context>, replica: Claimed) {
     let end = match Child::start(start).await {
         Ok(mut engine) => {
             let end = attend(&context, &replica, &mut engine).await;
+            if matches!(end, End::Died) {
+                engine.kill();
+            }
             let drain = if context.is_stopping() { DRAIN_AT_STOP } else { DRAIN };
             engine.stop(drain).await;
             end
@@ -185,31 +198,47 @@ async fn serve(context: Arc<Context>, replica: Claimed) {
 
 /// Keeps the lease of a running engine until something ends it.
 async fn attend(context: &Context, replica: &Claimed, engine: &mut Child) -> End {
-    let (mut line, mut ready) = (Vec::new(), false);
-    let (period, deadline) = (Duration::from_secs_f64(context.config.lease_seconds / 3.0), tokio::time::Instant::now() + LOAD);
-    let mut beat = tokio::time::interval(period);
+    let (mut line, mut ready, mut open) = (Vec::new(), false, 0);
+    let (period, load) = (Duration::from_secs_f64(context.config.lease_seconds / 3.0), tokio::time::Instant::now() + LOAD);
+    let (mut beat, mut heard) = (tokio::time::interval(period), tokio::time::Instant::now());
     loop {
         let wake = context.wake_replicas.notified();
+        let silent = if ready { heard + SILENCE } else { load };
         tokio::select! {
+            // What was said is heard before its absence is looked at.
+            biased;
             more = engine.report(&mut line) => match more {
-                Ok(true) => {
-                    let Ok(Report { ready: loaded }) = serde_json::from_slice(&std::mem::take(&mut line)) else { continue };
-                    match announce(&context.db, replica, &loaded).await {
-                        Ok(true) => ready = true,
-                        Ok(false) => return End::LeaseLost,
-                        Err(error) => return End::NotLoaded(format!("The database was away when the model was loaded: {error}")),
+                Ok(true) => match serde_json::from_slice(&std::mem::take(&mut line)) {
+                    Ok(Report::Ready(loaded)) => {
+                        match announce(&context.db, replica, &loaded).await {
+                            Ok(true) => (ready, heard) = (true, tokio::time::Instant::now()),
+                            Ok(false) => return End::LeaseLost,
+                            Err(error) => return End::NotLoaded(format!("The database was away when the model was loaded: {error}")),
+                        }
+                        tracing::info!(replica.id = replica.id, address = loaded.address, "a model is served");
                     }
-                    tracing::info!(replica.id = replica.id, address = loaded.address, "a model is served");
-                }
+                    Ok(Report::Alive(alive)) => {
+                        (open, heard) = (alive.open, tokio::time::Instant::now());
+                        continue;
+                    }
+                    Err(error) => {
+                        tracing::warn!(replica.id = replica.id, %error, "an engine's report cannot be read");
+                        continue;
+                    }
+                },
                 Ok(false) | Err(_) if ready => return End::Died,
                 Ok(false) | Err(_) => return End::NotLoaded("The engine ended while it loaded the model; its log says why.".into()),
             },
             _ = beat.tick() => {}
             () = wake => {}
-            () = tokio::time::sleep_until(deadline), if !ready => return End::NotLoaded("The engine did not load the model in time.".into()),
+            () = tokio::time::sleep_until(silent), if !ready => return End::NotLoaded("The engine did not load the model in time.".into()),
+            () = tokio::time::sleep_until(silent), if ready => {
+                tracing::error!(replica.id = replica.id, "an engine no longer says that it is alive");
+                return End::Died;
+            }
             () = context.must_stop() => return End::Stopped,
         }
-        match renew(context, replica).await {
+        match renew(context, replica, open > 0).await {
             Ok(Standing::Kept) => {}
             Ok(Standing::ToStop) => return End::Stopped,
             Ok(Standing::Lost) => return End::LeaseLost,
@@ -227,15 +256,17 @@ enum Standing {
 }
 
 /// Renews the lease; a replica that nobody has used for long is marked as stopping.
-async fn renew(context: &Context, replica: &Claimed) -> Result<Standing, sqlx::Error> {
+async fn renew(context: &Context, replica: &Claimed, in_use: bool) -> Result<Standing, sqlx::Error> {
     let state = sqlx::query_scalar!(
         r#"UPDATE replicas SET expires_at = now() + make_interval(secs => $2),
-               state = CASE WHEN state = 'ready' AND last_used_at < now() - make_interval(secs => $3) THEN 'stopping' ELSE state END
+               last_used_at = CASE WHEN $4 THEN now() ELSE last_used_at END,
+               state = CASE WHEN state = 'ready' AND NOT $4 AND last_used_at < now() - make_interval(secs => $3) THEN 'stopping' ELSE state END
            WHERE lease_token = $1 AND state IN ('starting', 'ready', 'stopping')
            RETURNING state AS "state: ReplicaState""#,
         replica.token,
         context.config.lease_seconds,
         context.config.idle_seconds,
+        in_use,
     )
     .fetch_optional(&context.db)
     .await?;

@@ -21,7 +21,7 @@ test -z "$DATABASE_URL" || exit 1
 test -e "$here/broken" && exit 3
 echo $$ > "$here/pid"
 echo '{"ready":{"address":"127.0.0.1:9","memory_bytes":70}}' >&3
-while :; do sleep 0.05; done
+while :; do sleep 0.05; echo '{"alive":{"open":0}}' >&3; done
 "#;
 
 struct World {

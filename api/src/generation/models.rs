@@ -22,8 +22,6 @@ pub struct Model {
     pub checkpoint_id: Option<String>,
     /// Key of the folder in the artifact store.
     pub artifact: String,
-    /// Of its weights.
-    pub bytes: i64,
     pub config: ModelConfig,
     /// `None`: answers chat with 400 `no_chat_template`.
     pub template: Option<Template>,
@@ -59,14 +57,14 @@ pub async fn ready_model(state: &AppState, project_id: &str, id: &str) -> Result
     let template = row.template.map(|name| serde_json::from_value(name.into())).transpose().map_err(ApiError::internal)?;
     let (tokenizers, artifacts, key) = (state.tokenizers.clone(), state.artifacts.clone(), artifact.clone());
     let loaded = tokio::task::spawn_blocking(move || {
-        let bytes = artifacts.size(&format!("{key}/weights.safetensors")).map_err(ApiError::internal)?;
-        let tokenizer = tokenizers.get_or_load(&key, || Tokenizer::load(&artifacts.path(&key))).map_err(ApiError::internal)?;
-        Ok::<_, ApiError>((tokenizer, i64::try_from(bytes).unwrap_or(i64::MAX)))
+        // The tokenizer may be in memory still when the folder is gone.
+        artifacts.size(&format!("{key}/weights.safetensors")).map_err(ApiError::internal)?;
+        tokenizers.get_or_load(&key, || Tokenizer::load(&artifacts.path(&key))).map_err(ApiError::internal)
     });
-    let (tokenizer, bytes) = loaded.await.map_err(ApiError::internal)?.map_err(|error| match checkpoint_id {
+    let tokenizer = loaded.await.map_err(ApiError::internal)?.map_err(|error| match checkpoint_id {
         // Pruned since its row was read.
         Some(_) => ApiError::not_found("model", id).with_code("model_not_found"),
         None => error,
     })?;
-    Ok(Arc::new(Model { id: id.to_owned(), model_id: row.id, checkpoint_id, artifact, bytes, config, template, tokenizer }))
+    Ok(Arc::new(Model { id: id.to_owned(), model_id: row.id, checkpoint_id, artifact, config, template, tokenizer }))
 }

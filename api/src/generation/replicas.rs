@@ -3,15 +3,14 @@
 //! A replica is a leased row (see `lathe_jobs::replicas` for the runner's half). At most one live
 //! row stands for a folder, which the database's unique index keeps true when requests race.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use lathe_model::engine::EngineConfig;
 use sqlx::PgPool;
+use tokio::time::Instant;
 
 use super::models::Model;
 use crate::problem::ApiError;
-
-/// How long a request waits for a model to load before 503 `model_loading`.
-pub const LOADING_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where a model is served.
 #[derive(Clone, Debug)]
@@ -27,16 +26,16 @@ enum Standing {
     Failed(String),
 }
 
-/// Waits until the model's folder is served.
+/// Waits until the model is served, at most until `deadline`.
 ///
 /// # Errors
-/// 503 `model_loading` after [`LOADING_PATIENCE`], 503 `model_failed` where the engine could not start.
-pub async fn endpoint(db: &PgPool, model: &Model) -> Result<Endpoint, ApiError> {
-    let deadline = Instant::now() + LOADING_PATIENCE;
+/// 503 `model_loading` after the deadline, 503 `model_failed` where the engine could not start, 404 where
+/// the model was deleted meanwhile.
+pub async fn endpoint(db: &PgPool, model: &Model, deadline: Instant) -> Result<Endpoint, ApiError> {
     let mut poll = Duration::from_millis(20);
-    let asked_at = std::time::SystemTime::now();
+    let asked = Instant::now();
     loop {
-        match standing(db, model, asked_at).await? {
+        match standing(db, model, asked.elapsed()).await? {
             Standing::Ready(endpoint) => return Ok(endpoint),
             Standing::Failed(reason) => {
                 return Err(ApiError::unavailable("model_failed", 10, format!("The model could not be loaded: {reason}")));
@@ -53,7 +52,7 @@ pub async fn endpoint(db: &PgPool, model: &Model) -> Result<Endpoint, ApiError> 
     }
 }
 
-async fn standing(db: &PgPool, model: &Model, asked_at: std::time::SystemTime) -> Result<Standing, ApiError> {
+async fn standing(db: &PgPool, model: &Model, waited: Duration) -> Result<Standing, ApiError> {
     let live = sqlx::query!(
         r#"SELECT id, state, address, secret FROM replicas
            WHERE artifact = $1 AND state IN ('queued', 'starting', 'ready')"#,
@@ -67,38 +66,50 @@ async fn standing(db: &PgPool, model: &Model, asked_at: std::time::SystemTime) -
             _ => Standing::Loading,
         });
     }
-    let waited = asked_at.elapsed().unwrap_or_default().as_secs_f64();
     let failed = sqlx::query_scalar!(
         r#"SELECT error ->> 'message' FROM replicas
            WHERE artifact = $1 AND state = 'failed' AND stopped_at > now() - make_interval(secs => $2)
            ORDER BY stopped_at DESC LIMIT 1"#,
         model.artifact,
-        waited
+        waited.as_secs_f64()
     )
     .fetch_optional(db)
     .await?;
     if let Some(reason) = failed {
         return Ok(Standing::Failed(reason.unwrap_or_else(|| "its engine ended without a reason".into())));
     }
+    ask(db, model).await?;
+    Ok(Standing::Loading)
+}
+
+/// Asks the runners to serve the model.
+async fn ask(db: &PgPool, model: &Model) -> Result<(), ApiError> {
     let id = lathe_jobs::ids::new("replica");
-    sqlx::query!(
-        r#"INSERT INTO replicas (id, model_id, checkpoint_id, artifact, state, memory_bytes) VALUES ($1, $2, $3, $4, 'queued', $5)
-           ON CONFLICT DO NOTHING"#,
+    let memory_bytes = EngineConfig::default().reserved_bytes(&model.config);
+    // The lock waits for a deletion under way, and then finds the model deleted.
+    let asked = sqlx::query_scalar!(
+        r#"WITH model AS (SELECT id FROM models WHERE id = $2 AND deleted_at IS NULL FOR SHARE),
+           asked AS (INSERT INTO replicas (id, model_id, checkpoint_id, artifact, state, memory_bytes)
+                     SELECT $1, id, $3, $4, 'queued', $5 FROM model ON CONFLICT DO NOTHING)
+           SELECT EXISTS (SELECT FROM model) AS "there!""#,
         id,
         model.model_id,
         model.checkpoint_id,
         model.artifact,
-        model.bytes
+        i64::try_from(memory_bytes).unwrap_or(i64::MAX)
     )
-    .execute(db)
-    .await
-    .map_err(|error| match error.as_database_error().is_some_and(|refused| refused.is_foreign_key_violation()) {
+    .fetch_one(db)
+    .await;
+    let there = match asked {
         // A checkpoint that was pruned meanwhile.
-        true => ApiError::not_found("model", &model.id).with_code("model_not_found"),
-        false => error.into(),
-    })?;
+        Err(error) if error.as_database_error().is_some_and(|refused| refused.is_foreign_key_violation()) => false,
+        asked => asked?,
+    };
+    if !there {
+        return Err(ApiError::not_found("model", &model.id).with_code("model_not_found"));
+    }
     sqlx::query!("SELECT pg_notify('lathe_replicas', $1)", id).execute(db).await?;
-    Ok(Standing::Loading)
+    Ok(())
 }
 
 /// Keeps a replica from being unloaded as idle. At most a write every few seconds and replica.

@@ -1,12 +1,18 @@
 //! What passes between the API and an engine: token ids over HTTP, one JSON value a line.
 //!
 //! `POST /generate` takes a [`GenerateRequest`] and answers a stream of [`EngineEvent`] lines, the
-//! last of which is [`EngineEvent::Finished`] or [`EngineEvent::Failed`]. Text never crosses here:
-//! tokenizers, templates and stop strings live on the API's side. Closing the connection cancels
-//! the sequence within one step.
+//! last of which is [`EngineEvent::Finished`], [`EngineEvent::Unloaded`] or [`EngineEvent::Failed`].
+//! An empty line every [`KEEP_ALIVE`] says that the engine lives while a sequence waits. Text never
+//! crosses here: tokenizers, templates and stop strings live on the API's side. Closing the
+//! connection cancels the sequence within one step.
+
+use std::time::Duration;
 
 use lathe_model::config::Sampling;
 use serde::{Deserialize, Serialize};
+
+/// A stream is never silent for longer than this while its engine lives.
+pub const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -25,6 +31,7 @@ pub struct TokenLogprob {
     pub token: u32,
     /// Natural logarithm. `None` for a prompt's first token, which nothing predicts, and where no
     /// log probabilities were asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logprob: Option<f32>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub top: Vec<(u32, f32)>,
@@ -33,18 +40,23 @@ pub struct TokenLogprob {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
-    /// The end token or a stop token.
+    /// The end token, a stop token or a stop string.
     Stop,
     /// `max_tokens`, or the model's context.
     Length,
-    Cancelled,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EngineEvent {
     Prompt(Vec<TokenLogprob>),
     Token(TokenLogprob),
-    Finished { reason: FinishReason },
-    Failed { message: String },
+    Finished {
+        reason: FinishReason,
+    },
+    /// The engine was told to stop.
+    Unloaded,
+    Failed {
+        message: String,
+    },
 }

@@ -2,24 +2,19 @@
 
 use std::sync::Arc;
 
-use axum::{
-    Json,
-    extract::State,
-    response::{IntoResponse, Response},
-};
-use futures_util::{Stream, StreamExt};
+use axum::{extract::State, response::Response};
 use lathe_model::{data::rows::Turn, template};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::generation_common::{
-    SamplingFields, StopStrings, StreamOptions, Usage, check_stream_options, finish_name, stop_strings, stream_when_started,
-    unix_now,
+    Envelope, SamplingFields, Shape, StopStrings, StreamOptions, Streamed, Usage, answer, check_stream_options, finish_name,
+    stop_strings,
 };
 use crate::{
     auth::Project,
-    generation::{self, Choice, Piece, Prompt, Settings, models::Model, wire::TokenLogprob},
+    generation::{self, Ended, Piece, Prompt, Settings, Step, models::Model, text::Spoken},
     parse::Body,
     problem::ApiError,
     state::AppState,
@@ -215,7 +210,8 @@ pub struct ChatDelta {
         (status = 404, description = "No such model"),
         (status = 409, description = "The model is not ready"),
         (status = 429, description = "The model's queue is full"),
-        (status = 503, description = "The model is loading"),
+        (status = 503, description = "The model is loading, or its engine failed"),
+        (status = 504, description = "The answer took longer than the server allows"),
     )
 )]
 async fn create_chat_completion(
@@ -226,20 +222,14 @@ async fn create_chat_completion(
     let settings = settings(&mut request)?;
     let turns = conversation(&request.messages)?;
     let model = generation::models::ready_model(&state, &project.project_id, &request.model).await?;
-    let prompt = prompt(&model, turns).await?;
-    let answer = Answer {
-        id: lathe_jobs::ids::new_dashed("chatcmpl"),
-        created: unix_now(),
-        model: model.clone(),
+    let prompts = [prompt(&model, turns).await?];
+    let shape = ChatShape {
+        envelope: Envelope::new("chatcmpl", &model, &prompts, request.stream_options),
         logprobs: request.logprobs.unwrap_or(false),
     };
-    let started = async move { generation::start(&state, &model, &[prompt], &settings).await };
-    if request.stream.unwrap_or(false) {
-        let usage = request.stream_options.is_some_and(|options| options.include_usage);
-        stream_when_started(started, move |choices| answer.chunks(choices, usage)).await
-    } else {
-        Ok(Json(answer.whole(started.await?).await?).into_response())
-    }
+    let streamed = Streamed::wanted(request.stream, &state);
+    let started = async move { generation::start(&state, &model, &prompts, &settings).await };
+    answer(started, streamed, shape).await
 }
 
 fn settings(request: &mut CreateChatCompletion) -> Result<Settings, ApiError> {
@@ -320,128 +310,73 @@ async fn prompt(model: &Arc<Model>, turns: Conversation) -> Result<Prompt, ApiEr
     })
     .await
     .map_err(ApiError::internal)?;
-    Ok(Prompt { ids, score: false })
+    Ok(Prompt { ids, score: false, param: "messages".to_owned() })
 }
 
-/// What every chunk of one answer repeats.
-struct Answer {
-    id: String,
-    created: i64,
-    model: Arc<Model>,
+struct ChatShape {
+    envelope: Envelope,
     logprobs: bool,
 }
 
-impl Answer {
-    async fn whole(self, choices: Vec<Choice>) -> Result<ChatCompletion, ApiError> {
-        let mut usage = Usage::default();
-        let mut answers = Vec::with_capacity(choices.len());
-        usage.prompt_tokens = choices.first().map_or(0, |choice| choice.prompt_tokens);
-        for mut choice in choices {
-            let (mut content, mut tokens, mut finish_reason) = (String::new(), Vec::new(), "stop");
-            while let Some(piece) = choice.pieces.next().await {
-                match piece {
-                    Piece::Scored(_) => {}
-                    Piece::Text { text, tokens: more } => {
-                        content.push_str(&text);
-                        tokens.extend(more);
-                    }
-                    Piece::Finished { reason, completion_tokens } => {
-                        usage.completion_tokens += completion_tokens;
-                        finish_reason = finish_name(reason);
-                    }
-                    Piece::Failed { message } => {
-                        return Err(ApiError::unavailable(
-                            "engine_error",
-                            2,
-                            format!("The answer could not be finished: {message}"),
-                        ));
-                    }
-                }
-            }
-            answers.push(ChatChoice {
-                index: choice.index,
-                message: AssistantMessage { role: "assistant", content, refusal: None },
-                logprobs: self.logprobs(&tokens),
-                finish_reason,
-            });
-        }
-        usage.total_tokens = usage.prompt_tokens + usage.completion_tokens;
-        Ok(ChatCompletion {
-            id: self.id,
+impl Shape for ChatShape {
+    type Whole = ChatCompletion;
+    type Chunk = ChatCompletionChunk;
+
+    fn whole(self, choices: Vec<Ended>) -> ChatCompletion {
+        let usage = self.envelope.usage(choices.iter().map(|choice| choice.completion_tokens).sum());
+        let shaped = |choice: Ended| ChatChoice {
+            index: choice.index,
+            logprobs: self.logprobs(&choice.tokens),
+            message: AssistantMessage { role: "assistant", content: choice.text, refusal: None },
+            finish_reason: finish_name(choice.reason),
+        };
+        ChatCompletion {
+            choices: choices.into_iter().map(shaped).collect(),
+            id: self.envelope.id,
             object: "chat.completion",
-            created: self.created,
-            model: self.model.id.clone(),
-            choices: answers,
+            created: self.envelope.created,
+            model: self.envelope.model.id.clone(),
             usage,
-        })
+        }
     }
 
-    /// Chunks as JSON texts, choices interleaved as they grow.
-    fn chunks(
-        self,
-        choices: Vec<Choice>,
-        include_usage: bool,
-    ) -> impl Stream<Item = Result<serde_json::Value, ApiError>> + Send + 'static {
-        let prompt_tokens = choices.first().map_or(0, |choice| choice.prompt_tokens);
-        let openings: Vec<_> = choices.iter().map(|choice| (choice.index, None)).collect();
-        let growth = futures_util::stream::select_all(
-            choices.into_iter().map(|choice| choice.pieces.map(move |piece| (choice.index, Some(piece))).boxed()),
-        );
-        let mut completion = 0;
-        let usage_slot = include_usage.then_some(None);
-        let end = futures_util::stream::once(async { (usize::MAX, None) });
-        futures_util::stream::iter(openings).chain(growth).chain(end).filter_map(move |(index, piece)| {
-            let chunk = match piece {
-                None if index == usize::MAX => include_usage.then(|| {
-                    let usage = Usage { prompt_tokens, completion_tokens: completion, total_tokens: prompt_tokens + completion };
-                    self.chunk(Vec::new(), Some(Some(usage)))
-                }),
-                None => {
-                    let delta = ChatDelta { role: Some("assistant"), content: Some(String::new()) };
-                    Some(self.chunk(vec![ChatChunkChoice { index, delta, logprobs: None, finish_reason: None }], usage_slot))
-                }
-                Some(Piece::Scored(_)) => None,
-                Some(Piece::Text { text, tokens }) => {
-                    let delta = ChatDelta { role: None, content: Some(text) };
-                    Some(self.chunk(
-                        vec![ChatChunkChoice { index, delta, logprobs: self.logprobs(&tokens), finish_reason: None }],
-                        usage_slot,
-                    ))
-                }
-                Some(Piece::Finished { reason, completion_tokens }) => {
-                    completion += completion_tokens;
-                    let choice = ChatChunkChoice {
-                        index,
-                        delta: ChatDelta::default(),
-                        logprobs: None,
-                        finish_reason: Some(finish_name(reason)),
-                    };
-                    Some(self.chunk(vec![choice], usage_slot))
-                }
-                Some(Piece::Failed { message }) => Some(Err(ApiError::unavailable("engine_error", 2, message))),
-            };
-            std::future::ready(chunk)
-        })
+    fn chunk(&mut self, step: Step) -> Option<ChatCompletionChunk> {
+        let (index, delta, logprobs, finish_reason) = match step {
+            Step::Ended { completion_tokens } if self.envelope.include_usage => {
+                return Some(self.object(Vec::new(), Some(Some(self.envelope.usage(completion_tokens)))));
+            }
+            Step::Ended { .. } | Step::Grew { piece: Piece::Scored(_), .. } => return None,
+            Step::Opened { index } => (index, ChatDelta { role: Some("assistant"), content: Some(String::new()) }, None, None),
+            Step::Grew { index, piece: Piece::Text { text, tokens } } => {
+                (index, ChatDelta { role: None, content: Some(text) }, self.logprobs(&tokens), None)
+            }
+            Step::Grew { index, piece: Piece::Finished { reason, .. } } => {
+                (index, ChatDelta::default(), None, Some(finish_name(reason)))
+            }
+        };
+        Some(self.object(vec![ChatChunkChoice { index, delta, logprobs, finish_reason }], self.envelope.no_usage()))
     }
+}
 
-    fn chunk(&self, choices: Vec<ChatChunkChoice>, usage: Option<Option<Usage>>) -> Result<serde_json::Value, ApiError> {
-        let chunk = ChatCompletionChunk {
-            id: self.id.clone(),
+impl ChatShape {
+    fn object(&self, choices: Vec<ChatChunkChoice>, usage: Option<Option<Usage>>) -> ChatCompletionChunk {
+        ChatCompletionChunk {
+            id: self.envelope.id.clone(),
             object: "chat.completion.chunk",
-            created: self.created,
-            model: self.model.id.clone(),
+            created: self.envelope.created,
+            model: self.envelope.model.id.clone(),
             choices,
             usage,
-        };
-        serde_json::to_value(chunk).map_err(ApiError::internal)
+        }
     }
 
-    fn logprobs(&self, tokens: &[TokenLogprob]) -> Option<ChatLogprobs> {
-        let name = |token: u32| {
-            let bytes = self.model.tokenizer.token_bytes(token).to_vec();
-            (String::from_utf8_lossy(&bytes).into_owned(), bytes)
+    fn logprobs(&self, tokens: &[Spoken]) -> Option<ChatLogprobs> {
+        let tokenizer = &self.envelope.model.tokenizer;
+        let name = |token: u32| match tokenizer.token_bytes(token) {
+            [] => (tokenizer.token_name(token), Vec::new()),
+            bytes => (String::from_utf8_lossy(bytes).into_owned(), bytes.to_vec()),
         };
-        let content = tokens.iter().map(|token| {
+        let content = tokens.iter().map(|Spoken { token, .. }| {
             let (text, bytes) = name(token.token);
             let top_logprobs = token.top.iter().map(|(id, logprob)| {
                 let (token, bytes) = name(*id);

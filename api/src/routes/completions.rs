@@ -1,24 +1,19 @@
 //! `POST /v1/completions`, OpenAI's shapes: plain, streamed, and `echo` with `logprobs` for scoring.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
-use axum::{
-    Json,
-    extract::State,
-    response::{IntoResponse, Response},
-};
-use futures_util::{Stream, StreamExt};
+use axum::{extract::State, response::Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::generation_common::{
-    SamplingFields, StopStrings, StreamOptions, Usage, check_stream_options, finish_name, stop_strings, stream_when_started,
-    unix_now,
+    Envelope, SamplingFields, Shape, StopStrings, StreamOptions, Streamed, Usage, answer, check_stream_options, finish_name,
+    stop_strings,
 };
 use crate::{
     auth::Project,
-    generation::{self, Choice, Piece, Prompt, Settings, models::Model, wire::TokenLogprob},
+    generation::{self, Ended, Piece, Prompt, Settings, Step, models::Model, text::Spoken},
     parse::Body,
     problem::ApiError,
     state::AppState,
@@ -110,12 +105,12 @@ pub struct CompletionChoice {
     pub finish_reason: Option<&'static str>,
 }
 
-/// Four parallel lists, one entry a token.
+/// Four parallel lists, one entry a token. A token that is no text by itself is named by its bytes, `bytes:\xc3`.
 #[derive(Default, Serialize, ToSchema)]
 pub struct CompletionLogprobs {
     pub tokens: Vec<String>,
     pub token_logprobs: Vec<Option<f32>>,
-    pub top_logprobs: Vec<Option<serde_json::Map<String, serde_json::Value>>>,
+    pub top_logprobs: Vec<Option<BTreeMap<String, f32>>>,
     /// Characters before the token, from the start of the choice's text.
     pub text_offset: Vec<usize>,
 }
@@ -132,7 +127,8 @@ pub struct CompletionLogprobs {
         (status = 404, description = "No such model"),
         (status = 409, description = "The model is not ready"),
         (status = 429, description = "The model's queue is full"),
-        (status = 503, description = "The model is loading"),
+        (status = 503, description = "The model is loading, or its engine failed"),
+        (status = 504, description = "The answer took longer than the server allows"),
     )
 )]
 async fn create_completion(
@@ -145,22 +141,15 @@ async fn create_completion(
     let echo = request.echo.unwrap_or(false);
     let prompts = prompts(&model, request.prompt, echo && request.logprobs.is_some()).await?;
     let echoed = if echo { prompts.iter().map(|prompt| model.tokenizer.decode(&prompt.ids)).collect() } else { Vec::new() };
-    let answer = Answer {
-        id: lathe_jobs::ids::new_dashed("cmpl"),
-        created: unix_now(),
-        model: model.clone(),
+    let shape = CompletionShape {
+        envelope: Envelope::new("cmpl", &model, &prompts, request.stream_options),
         logprobs: request.logprobs.is_some(),
         echoed,
         n: settings.n as usize,
-        prompt_tokens: prompts.iter().map(|prompt| prompt.ids.len()).sum(),
     };
+    let streamed = Streamed::wanted(request.stream, &state);
     let started = async move { generation::start(&state, &model, &prompts, &settings).await };
-    if request.stream.unwrap_or(false) {
-        let usage = request.stream_options.is_some_and(|options| options.include_usage);
-        stream_when_started(started, move |choices| answer.chunks(choices, usage)).await
-    } else {
-        Ok(Json(answer.whole(started.await?).await?).into_response())
-    }
+    answer(started, streamed, shape).await
 }
 
 fn settings(request: &mut CreateCompletion) -> Result<Settings, ApiError> {
@@ -184,15 +173,20 @@ fn settings(request: &mut CreateCompletion) -> Result<Settings, ApiError> {
 }
 
 async fn prompts(model: &Arc<Model>, prompt: PromptField, score: bool) -> Result<Vec<Prompt>, ApiError> {
-    let lists = match prompt {
-        PromptField::Ids(ids) => vec![ids.0],
-        PromptField::IdLists(lists) => lists.0.into_iter().map(|ids| ids.0).collect(),
-        PromptField::Text(text) => encode(model, vec![text]).await?,
-        PromptField::Texts(texts) => encode(model, texts.0).await?,
+    let (lists, several) = match prompt {
+        PromptField::Ids(ids) => (vec![ids.0], false),
+        PromptField::IdLists(lists) => (lists.0.into_iter().map(|ids| ids.0).collect(), true),
+        PromptField::Text(text) => (encode(model, vec![text]).await?, false),
+        PromptField::Texts(texts) => (encode(model, texts.0).await?, true),
     };
     // An empty prompt begins where every document begins: behind an end.
     let end = model.tokenizer.roles().eos;
-    Ok(lists.into_iter().map(|ids| Prompt { ids: if ids.is_empty() { vec![end] } else { ids }, score }).collect())
+    let prompt = |(index, ids): (usize, Vec<u32>)| Prompt {
+        ids: if ids.is_empty() { vec![end] } else { ids },
+        score,
+        param: if several { format!("prompt[{index}]") } else { "prompt".to_owned() },
+    };
+    Ok(lists.into_iter().enumerate().map(prompt).collect())
 }
 
 async fn encode(model: &Arc<Model>, texts: Vec<String>) -> Result<Vec<Vec<u32>>, ApiError> {
@@ -200,131 +194,111 @@ async fn encode(model: &Arc<Model>, texts: Vec<String>) -> Result<Vec<Vec<u32>>,
     tokio::task::spawn_blocking(move || model.tokenizer.encode_batch(&texts)).await.map_err(ApiError::internal)
 }
 
-/// What every chunk of one answer repeats.
-struct Answer {
-    id: String,
-    created: i64,
-    model: Arc<Model>,
+struct CompletionShape {
+    envelope: Envelope,
     logprobs: bool,
     /// The prompts' texts where they are to be repeated.
     echoed: Vec<String>,
+    /// Choices a prompt.
     n: usize,
-    prompt_tokens: usize,
 }
 
-impl Answer {
-    async fn whole(self, choices: Vec<Choice>) -> Result<Completion, ApiError> {
-        let mut completion = 0;
-        let mut answers = Vec::with_capacity(choices.len());
-        for mut choice in choices {
-            let mut text = self.echoed.get(choice.index / self.n).cloned().unwrap_or_default();
-            let (mut tokens, mut finish_reason) = (Vec::new(), None);
-            while let Some(piece) = choice.pieces.next().await {
-                match piece {
-                    Piece::Scored(prompt) => tokens = prompt,
-                    Piece::Text { text: more, tokens: made } => {
-                        text.push_str(&more);
-                        tokens.extend(made);
-                    }
-                    Piece::Finished { reason, completion_tokens } => {
-                        completion += completion_tokens;
-                        finish_reason = Some(finish_name(reason));
-                    }
-                    Piece::Failed { message } => {
-                        return Err(ApiError::unavailable(
-                            "engine_error",
-                            2,
-                            format!("The answer could not be finished: {message}"),
-                        ));
-                    }
-                }
+impl Shape for CompletionShape {
+    type Whole = Completion;
+    type Chunk = Completion;
+
+    fn whole(self, choices: Vec<Ended>) -> Completion {
+        let usage = self.envelope.usage(choices.iter().map(|choice| choice.completion_tokens).sum());
+        let shaped = |choice: Ended| {
+            let logprobs = self.logprobs.then(|| {
+                let mut lists = CompletionLogprobs::default();
+                self.list(&mut lists, &choice.prompt, 0);
+                self.list(&mut lists, &choice.tokens, self.echo(choice.index).chars().count());
+                lists
+            });
+            let text = self.echo(choice.index).to_owned() + &choice.text;
+            CompletionChoice { index: choice.index, text, logprobs, finish_reason: Some(finish_name(choice.reason)) }
+        };
+        let choices = choices.into_iter().map(shaped).collect();
+        self.object(choices, Some(Some(usage)))
+    }
+
+    fn chunk(&mut self, step: Step) -> Option<Completion> {
+        let (index, text, tokens, base, reason) = match step {
+            Step::Ended { completion_tokens } if self.envelope.include_usage => {
+                return Some(self.object(Vec::new(), Some(Some(self.envelope.usage(completion_tokens)))));
             }
-            answers.push(CompletionChoice { index: choice.index, text, logprobs: self.logprobs(&tokens, &mut 0), finish_reason });
-        }
-        let usage = self.usage(completion);
-        Ok(Completion {
-            id: self.id,
+            Step::Ended { .. } => return None,
+            Step::Opened { .. } if self.echoed.is_empty() => return None,
+            Step::Opened { index } => (index, self.echo(index).to_owned(), None, 0, None),
+            Step::Grew { index, piece: Piece::Scored(tokens) } => (index, String::new(), Some(tokens), 0, None),
+            Step::Grew { index, piece: Piece::Text { text, tokens } } => {
+                (index, text, Some(tokens), self.echo(index).chars().count(), None)
+            }
+            Step::Grew { index, piece: Piece::Finished { reason, .. } } => {
+                (index, String::new(), None, 0, Some(finish_name(reason)))
+            }
+        };
+        let logprobs = tokens.filter(|_| self.logprobs).map(|tokens| {
+            let mut lists = CompletionLogprobs::default();
+            self.list(&mut lists, &tokens, base);
+            lists
+        });
+        let choice = CompletionChoice { index, text, logprobs, finish_reason: reason };
+        Some(self.object(vec![choice], self.envelope.no_usage()))
+    }
+}
+
+impl CompletionShape {
+    fn object(&self, choices: Vec<CompletionChoice>, usage: Option<Option<Usage>>) -> Completion {
+        Completion {
+            id: self.envelope.id.clone(),
             object: "text_completion",
-            created: self.created,
-            model: self.model.id.clone(),
-            choices: answers,
-            usage: Some(Some(usage)),
-        })
-    }
-
-    fn chunks(
-        self,
-        choices: Vec<Choice>,
-        include_usage: bool,
-    ) -> impl Stream<Item = Result<serde_json::Value, ApiError>> + Send + 'static {
-        let count = choices.len();
-        let openings: Vec<_> = (0..count).map(|index| Some((index, None))).collect();
-        let growth = futures_util::stream::select_all(
-            choices.into_iter().map(|choice| choice.pieces.map(move |piece| Some((choice.index, Some(piece)))).boxed()),
-        );
-        let end = futures_util::stream::once(async { None });
-        let mut completion = 0;
-        let mut offsets = vec![0usize; count];
-        let usage_slot = include_usage.then_some(None);
-        futures_util::stream::iter(openings).chain(growth).chain(end).filter_map(move |step| {
-            let choice = |index, text, logprobs, finish_reason| vec![CompletionChoice { index, text, logprobs, finish_reason }];
-            let chunk = match step {
-                None => include_usage.then(|| self.chunk(Vec::new(), Some(Some(self.usage(completion))))),
-                Some((index, None)) => {
-                    self.echoed.get(index / self.n).map(|text| self.chunk(choice(index, text.clone(), None, None), usage_slot))
-                }
-                Some((index, Some(piece))) => match piece {
-                    Piece::Scored(tokens) => {
-                        let logprobs = self.logprobs(&tokens, &mut offsets[index]);
-                        Some(self.chunk(choice(index, String::new(), logprobs, None), usage_slot))
-                    }
-                    Piece::Text { text, tokens } => {
-                        let logprobs = self.logprobs(&tokens, &mut offsets[index]);
-                        Some(self.chunk(choice(index, text, logprobs, None), usage_slot))
-                    }
-                    Piece::Finished { reason, completion_tokens } => {
-                        completion += completion_tokens;
-                        Some(self.chunk(choice(index, String::new(), None, Some(finish_name(reason))), usage_slot))
-                    }
-                    Piece::Failed { message } => Some(Err(ApiError::unavailable("engine_error", 2, message))),
-                },
-            };
-            std::future::ready(chunk)
-        })
-    }
-
-    fn usage(&self, completion_tokens: usize) -> Usage {
-        Usage { prompt_tokens: self.prompt_tokens, completion_tokens, total_tokens: self.prompt_tokens + completion_tokens }
-    }
-
-    fn chunk(&self, choices: Vec<CompletionChoice>, usage: Option<Option<Usage>>) -> Result<serde_json::Value, ApiError> {
-        let chunk = Completion {
-            id: self.id.clone(),
-            object: "text_completion",
-            created: self.created,
-            model: self.model.id.clone(),
+            created: self.envelope.created,
+            model: self.envelope.model.id.clone(),
             choices,
             usage,
-        };
-        serde_json::to_value(chunk).map_err(ApiError::internal)
+        }
     }
 
-    /// `offset` is where the first of the tokens stands in the choice's text, and moves behind the last.
-    fn logprobs(&self, tokens: &[TokenLogprob], offset: &mut usize) -> Option<CompletionLogprobs> {
-        if !self.logprobs {
-            return None;
-        }
-        let text = |token: u32| String::from_utf8_lossy(self.model.tokenizer.token_bytes(token)).into_owned();
-        let mut lists = CompletionLogprobs::default();
-        for token in tokens {
-            let piece = text(token.token);
-            lists.text_offset.push(*offset);
-            *offset += piece.chars().count();
-            lists.tokens.push(piece);
+    /// The text that is repeated before a choice.
+    fn echo(&self, index: usize) -> &str {
+        self.echoed.get(index / self.n).map_or("", String::as_str)
+    }
+
+    /// Adds tokens whose text begins at `base` of the choice's text.
+    fn list(&self, lists: &mut CompletionLogprobs, tokens: &[Spoken], base: usize) {
+        let tokenizer = &self.envelope.model.tokenizer;
+        let name = |token: u32| match tokenizer.token_bytes(token) {
+            [] => tokenizer.token_name(token),
+            bytes => name_of_bytes(bytes),
+        };
+        for Spoken { token, offset } in tokens {
+            lists.text_offset.push(base + offset);
+            lists.tokens.push(name(token.token));
             lists.token_logprobs.push(token.logprob);
-            let top = token.top.iter().map(|(id, logprob)| (text(*id), (*logprob).into())).collect();
+            let top = token.top.iter().map(|(id, logprob)| (name(*id), *logprob)).collect();
             lists.top_logprobs.push(token.logprob.map(|_| top));
         }
-        Some(lists)
+    }
+}
+
+/// A token as a key of JSON. Bytes that are no text have distinct names too.
+fn name_of_bytes(bytes: &[u8]) -> String {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => text.to_owned(),
+        Err(_) => bytes.iter().fold("bytes:".to_owned(), |name, byte| name + &format!("\\x{byte:02x}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_within_a_character_keep_distinct_names() {
+        assert_eq!(name_of_bytes("é".as_bytes()), "é");
+        assert_eq!(name_of_bytes(&[0xC3]), r"bytes:\xc3");
+        assert_ne!(name_of_bytes(&[0x9F]), name_of_bytes(&[0xA9]));
     }
 }

@@ -1,10 +1,13 @@
-//! Fields and shapes that completions and chat share.
+//! Fields and shapes that completions and chat share, and how an answer becomes a response.
 
-use std::{convert::Infallible, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
-use axum::response::{
-    IntoResponse, Response,
-    sse::{Event, KeepAlive, Sse},
+use axum::{
+    Json,
+    response::{
+        IntoResponse, Response,
+        sse::{Event, KeepAlive, Sse},
+    },
 };
 use futures_util::{Stream, StreamExt, TryFutureExt};
 use lathe_model::config::Sampling;
@@ -12,8 +15,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::{
-    generation::{Choice, wire::FinishReason},
+    generation::{self, Choice, Ended, Prompt, Step, models::Model, wire::FinishReason},
     problem::ApiError,
+    state::AppState,
 };
 
 /// A string or up to four; the answer ends before the first that appears.
@@ -91,48 +95,106 @@ pub fn check_stream_options(stream: Option<bool>, options: Option<StreamOptions>
 pub fn finish_name(reason: FinishReason) -> &'static str {
     match reason {
         FinishReason::Stop => "stop",
-        FinishReason::Length | FinishReason::Cancelled => "length",
+        FinishReason::Length => "length",
     }
 }
 
-pub fn unix_now() -> i64 {
-    time::OffsetDateTime::now_utc().unix_timestamp()
+/// What every object of one answer repeats.
+#[derive(Clone)]
+pub struct Envelope {
+    pub id: String,
+    /// Unix seconds.
+    pub created: i64,
+    pub model: Arc<Model>,
+    pub prompt_tokens: usize,
+    /// A stream's last chunk carries the usage.
+    pub include_usage: bool,
 }
 
-/// Chunks as server-sent events, `[DONE]` last; a failure in mid-stream is an `error` object in
-/// its place.
-fn sse(chunks: impl Stream<Item = Result<serde_json::Value, ApiError>> + Send + 'static) -> Response {
-    let events = chunks.map(|chunk| match chunk {
-        Ok(chunk) => Event::default().data(chunk.to_string()),
-        Err(error) => Event::default().data(serde_json::json!({"error": error.body.error}).to_string()),
+impl Envelope {
+    pub fn new(prefix: &str, model: &Arc<Model>, prompts: &[Prompt], options: Option<StreamOptions>) -> Envelope {
+        Envelope {
+            id: lathe_jobs::ids::new_dashed(prefix),
+            created: time::OffsetDateTime::now_utc().unix_timestamp(),
+            model: model.clone(),
+            prompt_tokens: prompts.iter().map(|prompt| prompt.ids.len()).sum(),
+            include_usage: options.is_some_and(|options| options.include_usage),
+        }
+    }
+
+    pub fn usage(&self, completion_tokens: usize) -> Usage {
+        let prompt_tokens = self.prompt_tokens;
+        Usage { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
+    }
+
+    /// The `usage` of a chunk that is not the last: null where the last has one, else absent.
+    pub fn no_usage(&self) -> Option<Option<Usage>> {
+        self.include_usage.then_some(None)
+    }
+}
+
+/// That an answer is to be a stream, and how often comments break its silence.
+#[derive(Clone, Copy)]
+pub struct Streamed {
+    pub comments: Duration,
+}
+
+impl Streamed {
+    pub fn wanted(stream: Option<bool>, state: &AppState) -> Option<Streamed> {
+        (stream == Some(true)).then_some(Streamed { comments: state.config.stream_comments })
+    }
+}
+
+/// How a route shapes what was generated.
+pub trait Shape: Send + 'static {
+    type Whole: Serialize;
+    type Chunk: Serialize;
+
+    fn whole(self, choices: Vec<Ended>) -> Self::Whole;
+
+    /// `None` where the step shows nothing.
+    fn chunk(&mut self, step: Step) -> Option<Self::Chunk>;
+}
+
+/// Answers with what `started` begins, whole or as a stream. While the model loads, comments keep a
+/// stream's connection alive.
+///
+/// # Errors
+/// Those of `started` and of the engine; once a stream is under way they are its last event.
+pub async fn answer(
+    started: impl Future<Output = Result<Vec<Choice>, ApiError>> + Send + 'static,
+    streamed: Option<Streamed>,
+    mut shape: impl Shape,
+) -> Result<Response, ApiError> {
+    let Some(streamed) = streamed else {
+        return Ok(Json(shape.whole(generation::collect(started.await?).await?)).into_response());
+    };
+    let mut started = Box::pin(started);
+    let steps = match tokio::time::timeout(PLAIN_REFUSAL, &mut started).await {
+        Ok(choices) => generation::steps(choices?).left_stream(),
+        Err(_) => started.map_ok(generation::steps).try_flatten_stream().right_stream(),
+    };
+    let chunks = steps.filter_map(move |step| {
+        let chunk = match step {
+            Ok(step) => shape.chunk(step).map(|chunk| Event::default().json_data(chunk).map_err(ApiError::internal)),
+            Err(error) => Some(Err(error)),
+        };
+        std::future::ready(chunk)
     });
-    let done = futures_util::stream::once(async { Event::default().data("[DONE]") });
-    Sse::new(events.chain(done).map(Ok::<_, Infallible>)).keep_alive(KeepAlive::default()).into_response()
+    Ok(Sse::new(ended(chunks)).keep_alive(KeepAlive::new().interval(streamed.comments)).into_response())
 }
 
 /// How long a stream's refusal may still be a plain HTTP status; later it is an event.
 const PLAIN_REFUSAL: Duration = Duration::from_secs(1);
 
-/// Streams what `chunks` makes of the choices once `started` has them. While the model loads,
-/// comments keep the connection alive.
-///
-/// # Errors
-/// Those of `started`, where they come at once.
-pub async fn stream_when_started<S>(
-    started: impl Future<Output = Result<Vec<Choice>, ApiError>> + Send + 'static,
-    chunks: impl FnOnce(Vec<Choice>) -> S + Send + 'static,
-) -> Result<Response, ApiError>
-where
-    S: Stream<Item = Result<serde_json::Value, ApiError>> + Send + 'static,
-{
-    let mut started = Box::pin(started);
-    match tokio::time::timeout(PLAIN_REFUSAL, &mut started).await {
-        Ok(choices) => Ok(sse(chunks(choices?))),
-        Err(_) => Ok(sse(futures_util::stream::once(started.map_ok(chunks))
-            .map(|started| match started {
-                Ok(chunks) => chunks.left_stream(),
-                Err(error) => futures_util::stream::iter([Err(error)]).right_stream(),
-            })
-            .flatten())),
-    }
+/// `[DONE]` after the last chunk, or an `error` object in its place.
+fn ended(chunks: impl Stream<Item = Result<Event, ApiError>> + Send) -> impl Stream<Item = Result<Event, Infallible>> + Send {
+    futures_util::stream::unfold(Some(Box::pin(chunks)), |chunks| async move {
+        let mut chunks = chunks?;
+        Some(match chunks.next().await {
+            Some(Ok(chunk)) => (Ok(chunk), Some(chunks)),
+            Some(Err(error)) => (Ok(Event::default().data(serde_json::json!({"error": error.body.error}).to_string())), None),
+            None => (Ok(Event::default().data("[DONE]")), None),
+        })
+    })
 }

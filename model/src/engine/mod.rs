@@ -25,6 +25,8 @@ use std::{
     },
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     arch::{Gpt, gpt::parameter_count},
     config::{ModelConfig, Sampling},
@@ -97,6 +99,16 @@ impl Default for EngineConfig {
     }
 }
 
+impl EngineConfig {
+    /// Bytes that an engine with a model of this shape may ever take for weights, keys and values:
+    /// what its runner has to keep free for it.
+    pub fn reserved_bytes(&self, model: &ModelConfig) -> u64 {
+        let whole = (self.max_sequences.max(1) as u64).saturating_mul(model.context as u64);
+        let cache = whole.saturating_mul(position_bytes(model, self.dtype)).min(self.cache_bytes);
+        (parameter_count(model) * self.dtype.kind().elt_size_in_bytes() as u64).saturating_add(cache)
+    }
+}
+
 /// One sequence to continue.
 #[derive(Clone, Debug)]
 pub struct Generation {
@@ -150,7 +162,7 @@ pub enum SubmitError {
 }
 
 /// How busy an engine is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Load {
     /// Accepted and not finished, running or waiting.
     pub open: usize,
@@ -158,6 +170,8 @@ pub struct Load {
     pub generated_tokens: u64,
     /// Prompt tokens computed since the start.
     pub prompt_tokens: u64,
+    /// Steps ended since the start. While sequences are open and it stands still, the engine hangs.
+    pub steps: u64,
 }
 
 enum Command {
@@ -174,6 +188,7 @@ struct Shared {
     open: AtomicUsize,
     generated_tokens: AtomicU64,
     prompt_tokens: AtomicU64,
+    steps: AtomicU64,
     alive: AtomicBool,
 }
 
@@ -247,6 +262,7 @@ impl EngineHandle {
             open: self.shared.open.load(Ordering::Acquire),
             generated_tokens: self.shared.generated_tokens.load(Ordering::Relaxed),
             prompt_tokens: self.shared.prompt_tokens.load(Ordering::Relaxed),
+            steps: self.shared.steps.load(Ordering::Relaxed),
         }
     }
 }
@@ -314,6 +330,7 @@ impl Engine {
             open: AtomicUsize::new(0),
             generated_tokens: AtomicU64::new(0),
             prompt_tokens: AtomicU64::new(0),
+            steps: AtomicU64::new(0),
             alive: AtomicBool::new(true),
         });
         let (commands, receiver) = mpsc::channel();

@@ -150,6 +150,7 @@ impl Worker {
         if !step.decode.is_empty() {
             self.decode(&step);
         }
+        self.shared.steps.fetch_add(1, Ordering::Relaxed);
     }
 
     fn prefill(&mut self, chunk: &Chunk) {

@@ -28,6 +28,11 @@ impl Detokenizer {
         text
     }
 
+    /// Whether the tokens so far end within a character.
+    pub fn is_within_character(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
     /// What is left when no token follows: U+FFFD for a character that was never completed.
     pub fn finish(&mut self) -> String {
         let text = String::from_utf8_lossy(&self.pending).into_owned();
