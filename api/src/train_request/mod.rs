@@ -97,67 +97,84 @@ pub enum ValidationBody {
     Dataset(ValidationDataset),
 }
 
-/// Trains a new model on every token of a dataset.
-#[derive(Debug, Deserialize, Serialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-#[schema(example = json!({
-    "method": {"type": "pretrain", "objective": "causal_lm"},
-    "model": {"architecture": "gpt", "layers": 4, "heads": 4, "width": 128, "context": 64},
-    "dataset": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "tokenizer": "tok_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "validation": {"fraction": 0.05},
-    "hyperparameters": {"steps": 2000, "batch_size": 12, "micro_batch_size": 12, "precision": "bf16", "seed": 1, "clip": 1.0,
-        "optimizer": {"type": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.1},
-        "schedule": {"type": "cosine", "peak": 1e-3, "warmup_steps": 100, "floor": 1e-4},
-        "checkpoint_every": 200, "evaluate_every": 200, "keep_checkpoints": 2},
-    "name": "small", "priority": 0, "after": [], "metadata": {}
-}))]
-pub struct PretrainBody {
-    pub method: PretrainMethod,
-    pub model: ModelBody,
-    /// Id of a dataset. One that is not ready is waited for.
-    pub dataset: String,
-    /// Id of a tokenizer. One that is not ready is waited for.
-    pub tokenizer: String,
-    /// Absent: nothing is validated on.
-    pub validation: Option<ValidationBody>,
-    pub hyperparameters: Option<HyperparametersBody>,
-    /// The job's name and the model's.
-    #[schema(min_length = 1, max_length = 256)]
-    pub name: Option<String>,
-    /// Higher is claimed sooner. Default: 0.
-    #[schema(minimum = -1000, maximum = 1000)]
-    pub priority: Option<i32>,
-    /// Jobs that must succeed first.
-    #[schema(max_items = 64)]
-    pub after: Option<Vec<String>>,
-    pub metadata: Option<Metadata>,
+/// A body: the fields of its method, then those that every method has.
+macro_rules! train_body {
+    ($(#[$meta:meta])* $name:ident { $($(#[$field_meta:meta])* $field:ident: $type:ty,)+ }) => {
+        #[derive(Debug, Deserialize, Serialize, ToSchema)]
+        #[serde(deny_unknown_fields)]
+        $(#[$meta])*
+        pub struct $name {
+            $($(#[$field_meta])* pub $field: $type,)+
+            /// Absent: nothing is validated on.
+            pub validation: Option<ValidationBody>,
+            pub hyperparameters: Option<HyperparametersBody>,
+            /// The job's name and the model's.
+            #[schema(min_length = 1, max_length = 256)]
+            pub name: Option<String>,
+            /// Higher is claimed sooner. Default: 0.
+            #[schema(minimum = -1000, maximum = 1000)]
+            pub priority: Option<i32>,
+            /// Jobs that must succeed first.
+            #[schema(max_items = 64)]
+            pub after: Option<Vec<String>>,
+            pub metadata: Option<Metadata>,
+        }
+
+        impl $name {
+            fn request(self, method: Method, origin: Origin) -> Result<TrainRequest, ApiError> {
+                let hyperparameters = self.hyperparameters.unwrap_or_default();
+                Ok(TrainRequest {
+                    origin,
+                    dataset: self.dataset,
+                    max_attempts: hyperparameters.max_attempts.unwrap_or(MAX_ATTEMPTS),
+                    train: hyperparameters.resolve(&method, self.validation.is_some())?,
+                    validation: self.validation.map(ValidationBody::resolve),
+                    method,
+                    name: self.name,
+                    priority: self.priority.unwrap_or(0),
+                    after: self.after.unwrap_or_default(),
+                    metadata: self.metadata.unwrap_or_default().0,
+                })
+            }
+        }
+    };
 }
 
-/// Tunes a model of the project to follow instructions. The shape and the tokenizer are the base's.
-#[derive(Debug, Deserialize, Serialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-#[schema(example = json!({
-    "method": {"type": "instruction", "template": "ins"}, "base_model": "model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N",
-    "dataset": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "hyperparameters": {"epochs": 3, "batch_size": 32}, "name": "sums"
-}))]
-pub struct InstructionBody {
-    pub method: InstructionMethod,
-    /// Id of a model. One that is not ready is waited for.
-    pub base_model: String,
-    /// Id of a dataset of conversations. One that is not ready is waited for.
-    pub dataset: String,
-    /// Absent: nothing is validated on.
-    pub validation: Option<ValidationBody>,
-    pub hyperparameters: Option<HyperparametersBody>,
-    /// The job's name and the model's.
-    #[schema(min_length = 1, max_length = 256)]
-    pub name: Option<String>,
-    /// Higher is claimed sooner. Default: 0.
-    #[schema(minimum = -1000, maximum = 1000)]
-    pub priority: Option<i32>,
-    /// Jobs that must succeed first.
-    #[schema(max_items = 64)]
-    pub after: Option<Vec<String>>,
-    pub metadata: Option<Metadata>,
+train_body! {
+    /// Trains a new model on every token of a dataset.
+    #[schema(example = json!({
+        "method": {"type": "pretrain", "objective": "causal_lm"},
+        "model": {"architecture": "gpt", "layers": 4, "heads": 4, "width": 128, "context": 64},
+        "dataset": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "tokenizer": "tok_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "validation": {"fraction": 0.05},
+        "hyperparameters": {"steps": 2000, "batch_size": 12, "micro_batch_size": 12, "precision": "bf16", "seed": 1, "clip": 1.0,
+            "optimizer": {"type": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.1},
+            "schedule": {"type": "cosine", "peak": 1e-3, "warmup_steps": 100, "floor": 1e-4},
+            "checkpoint_every": 200, "evaluate_every": 200, "keep_checkpoints": 2},
+        "name": "small", "priority": 0, "after": [], "metadata": {}
+    }))]
+    PretrainBody {
+        method: PretrainMethod,
+        model: ModelBody,
+        /// Id of a dataset. One that is not ready is waited for.
+        dataset: String,
+        /// Id of a tokenizer. One that is not ready is waited for.
+        tokenizer: String,
+    }
+}
+
+train_body! {
+    /// Tunes a model of the project to follow instructions. The shape and the tokenizer are the base's.
+    #[schema(example = json!({
+        "method": {"type": "instruction", "template": "ins"}, "base_model": "model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N",
+        "dataset": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "hyperparameters": {"epochs": 3, "batch_size": 32}, "name": "sums"
+    }))]
+    InstructionBody {
+        method: InstructionMethod,
+        /// Id of a model. One that is not ready is waited for.
+        base_model: String,
+        /// Id of a dataset of conversations. One that is not ready is waited for.
+        dataset: String,
+    }
 }
 
 /// A training job to create.
@@ -210,44 +227,18 @@ impl TrainBody {
     pub fn resolve(self) -> Result<TrainRequest, ApiError> {
         match self {
             TrainBody::Pretrain(body) => {
-                let method = Method::Pretrain {
-                    objective: match body.method.objective {
-                        Some(ObjectiveName::CausalLm) | None => Objective::CausalLm,
-                    },
+                let objective = match body.method.objective {
+                    Some(ObjectiveName::CausalLm) | None => Objective::CausalLm,
                 };
-                let hyperparameters = body.hyperparameters.unwrap_or_default();
-                Ok(TrainRequest {
-                    origin: Origin::Fresh { model: body.model.resolve()?, tokenizer: body.tokenizer },
-                    dataset: body.dataset,
-                    max_attempts: hyperparameters.max_attempts.unwrap_or(MAX_ATTEMPTS),
-                    train: hyperparameters.resolve(&method, body.validation.is_some())?,
-                    validation: body.validation.map(ValidationBody::resolve),
-                    method,
-                    name: body.name,
-                    priority: body.priority.unwrap_or(0),
-                    after: body.after.unwrap_or_default(),
-                    metadata: body.metadata.unwrap_or_default().0,
-                })
+                let origin = Origin::Fresh { model: body.model.resolve()?, tokenizer: body.tokenizer.clone() };
+                body.request(Method::Pretrain { objective }, origin)
             }
             TrainBody::Instruction(body) => {
-                let method = Method::Instruction {
-                    template: match body.method.template {
-                        Some(TemplateName::Ins) | None => Template::Ins,
-                    },
+                let template = match body.method.template {
+                    Some(TemplateName::Ins) | None => Template::Ins,
                 };
-                let hyperparameters = body.hyperparameters.unwrap_or_default();
-                Ok(TrainRequest {
-                    origin: Origin::Base { model: body.base_model },
-                    dataset: body.dataset,
-                    max_attempts: hyperparameters.max_attempts.unwrap_or(MAX_ATTEMPTS),
-                    train: hyperparameters.resolve(&method, body.validation.is_some())?,
-                    validation: body.validation.map(ValidationBody::resolve),
-                    method,
-                    name: body.name,
-                    priority: body.priority.unwrap_or(0),
-                    after: body.after.unwrap_or_default(),
-                    metadata: body.metadata.unwrap_or_default().0,
-                })
+                let origin = Origin::Base { model: body.base_model.clone() };
+                body.request(Method::Instruction { template }, origin)
             }
         }
     }

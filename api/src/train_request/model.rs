@@ -31,7 +31,7 @@ pub enum Preset {
 }
 
 /// A whole set of fields by name.
-#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"preset": "gpt2-small"}))]
 pub struct PresetModel {
@@ -68,7 +68,7 @@ pub enum ActivationName {
 }
 
 /// A decoder of the GPT family.
-#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"architecture": "gpt", "layers": 4, "heads": 4, "width": 128, "context": 64}))]
 pub struct GptFields {
@@ -116,7 +116,7 @@ pub struct GptFields {
 }
 
 /// What to train: a shape, or the name of one.
-#[derive(Debug, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 #[serde(untagged)]
 pub enum ModelBody {
     Gpt(GptFields),

@@ -2,7 +2,7 @@ use lathe_model::config::{Activation, Norm, Optimizer, Positions, Precision, Sch
 use serde_json::{Value, json};
 
 use super::{TrainBody, *};
-use crate::schema;
+use crate::parse;
 
 fn pretrain() -> Value {
     json!({
@@ -30,7 +30,7 @@ fn with(mut body: Value, pointer: &str, value: Value) -> Value {
 }
 
 fn request(body: Value) -> Result<TrainRequest, ApiError> {
-    schema::read::<TrainBody>(body)?.resolve()
+    parse::typed::<TrainBody>(body)?.resolve()
 }
 
 /// The field that a refusal with `status` names.
