@@ -58,6 +58,9 @@ def check_job(file):
     assert job.id in [listed.id for listed in client.fine_tuning.jobs.list(limit=1)]
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=2))
     assert len({event.id for event in events}) == len(events) > 2 and events[-1].message
+    metrics = [event for event in events if event.type == "metrics"]
+    assert metrics and {event.type for event in events} == {"metrics", "message"}, events
+    assert metrics[0].data["step"] > metrics[-1].data["step"] > 0 and metrics[0].data["train_loss"] > 0, metrics
     checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
     assert checkpoints and checkpoints[0].fine_tuned_model_checkpoint.startswith(job.fine_tuned_model)
     again = refused(openai.ConflictError, lambda: client.fine_tuning.jobs.cancel(job.id))

@@ -145,6 +145,9 @@ pub struct ApiOptions {
     /// The first admin key; without it, one is made and kept in the data directory.
     #[arg(long, env = "LATHE_API_KEY", hide_env_values = true, value_name = "KEY")]
     pub api_key: Option<String>,
+    /// Bytes of a JSON body.
+    #[arg(long, env = "LATHE_JSON_LIMIT", default_value_t = 4 << 20, value_name = "BYTES")]
+    pub json_limit: u64,
     /// Bytes of an uploaded file.
     #[arg(long, env = "LATHE_FILE_LIMIT", default_value_t = 8 << 30, value_name = "BYTES")]
     pub file_limit: u64,
@@ -173,6 +176,7 @@ impl ApiOptions {
     pub fn environment(&self) -> Vec<(&'static str, String)> {
         let mut pairs = vec![
             ("LATHE_LISTEN", self.listen.to_string()),
+            ("LATHE_JSON_LIMIT", self.json_limit.to_string()),
             ("LATHE_FILE_LIMIT", self.file_limit.to_string()),
             ("LATHE_PART_LIMIT", self.part_limit.to_string()),
             ("LATHE_HEADER_SECONDS", self.header_seconds.to_string()),
@@ -190,6 +194,7 @@ impl ApiOptions {
 
     pub fn config(&self, store: &StoreArgs) -> ApiConfig {
         ApiConfig {
+            json_limit: usize::try_from(self.json_limit).unwrap_or(usize::MAX),
             file_limit: self.file_limit,
             part_limit: self.part_limit,
             cors_origins: self.cors_origins.clone(),
@@ -224,6 +229,9 @@ pub struct RunnerOptions {
     /// Decode in batches of one fixed shape, so that no answer depends on its neighbours at all.
     #[arg(long, env = "LATHE_DETERMINISTIC_DECODE", value_parser = FalseyValueParser::new())]
     pub deterministic_decode: bool,
+    /// How many times its size a compressed file may unfold to.
+    #[arg(long, env = "LATHE_DECOMPRESSION_RATIO", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..), value_name = "TIMES")]
+    pub decompression_ratio: u64,
 }
 
 impl RunnerOptions {
@@ -233,6 +241,7 @@ impl RunnerOptions {
             ("LATHE_LEASE_SECONDS", self.lease_seconds.to_string()),
             ("LATHE_INTERNAL_ADDR", self.internal_addr.to_string()),
             ("LATHE_DETERMINISTIC_DECODE", self.deterministic_decode.to_string()),
+            ("LATHE_DECOMPRESSION_RATIO", self.decompression_ratio.to_string()),
         ]
     }
 
@@ -242,6 +251,7 @@ impl RunnerOptions {
             lease_seconds: self.lease_seconds,
             internal_addr: self.internal_addr,
             deterministic_decode: self.deterministic_decode,
+            decompression_ratio: self.decompression_ratio,
             ..RunnerConfig::new(database_url, store.folder(database))
         }
     }

@@ -5,15 +5,17 @@
 //! answered 409. OpenAI's SDKs send no such key but count their retries in
 //! `x-stainless-retry-count`; a retry of a creation gets the answer of the first attempt for 10
 //! minutes, found by API key and body. Only [`CREATIONS`] are covered: never a generation, and never
-//! an answer that holds a secret. A file's own content is not compared here, since it is not held in
-//! memory; its key alone counts.
+//! an answer that holds a secret.
+//!
+//! A form with a file is not held in memory: its handler hashes it while it arrives
+//! ([`Fingerprint`]), and a repetition is hashed before it gets the first answer.
 //!
 //! A creation goes on when its client is gone, so that the retry finds its answer.
 
 use axum::{
     body::Body,
     extract::{MatchedPath, Request, State},
-    http::{HeaderMap, HeaderValue, Method, StatusCode, header},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -23,7 +25,8 @@ use sqlx::PgPool;
 
 use crate::{
     auth::Project,
-    parse::{self, JSON_LIMIT},
+    multipart::{self, Fingerprint},
+    parse,
     problem::ApiError,
     state::AppState,
 };
@@ -40,10 +43,17 @@ pub const CREATIONS: [&str; 8] = [
     "/v1/fine_tuning/jobs",
 ];
 
+/// Marks an answer that an earlier request got first.
+pub const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
+
+/// Bytes of an answer that can be kept.
+const ANSWER_LIMIT: usize = 64 << 20;
+
 /// What makes two requests the same one.
 struct Identity {
     project_id: String,
     key: String,
+    /// Of the request; of its line alone for a form, until that has arrived.
     body_sha256: String,
     /// Seconds for which the answer is kept.
     kept: f64,
@@ -60,29 +70,52 @@ pub async fn replay(State(state): State<AppState>, request: Request, next: Next)
     let (true, true, Some(caller)) = (creates, marked, caller) else {
         return Ok(next.run(request).await);
     };
-    let (parts, body) = request.into_parts();
-    let mut digest = Sha256::new();
-    digest.update(format!("{} {}\n", parts.method, parts.uri));
-    let streamed = is_multipart(&parts.headers);
-    let body = if streamed {
-        body
-    } else {
-        let bytes = parse::read_body(body, JSON_LIMIT).await?;
-        digest.update(&bytes);
-        Body::from(bytes)
+    let (mut parts, body) = request.into_parts();
+    let line = format!("{} {}\n", parts.method, parts.uri);
+    let fingerprint = is_multipart(&parts.headers).then(Fingerprint::default);
+    let (body, body_sha256) = match &fingerprint {
+        Some(_) => (body, hash(&line, b"")),
+        None => {
+            let bytes = parse::read_body(&parts.headers, body, state.config.json_limit).await?;
+            let hash = hash(&line, &bytes);
+            (Body::from(bytes), hash)
+        }
     };
-    let Some(identity) = identity(&parts.headers, caller, hex::encode(digest.finalize()), streamed)? else {
+    let Some(mut identity) = identity(&parts.headers, caller, body_sha256, fingerprint.is_some())? else {
         return Ok(next.run(Request::from_parts(parts, body)).await);
     };
-    if let Some(answer) = reserve(&state.db, &identity, streamed).await? {
-        return Ok(answer);
+    let held = reserve(&state.db, &identity, fingerprint.is_some()).await?;
+    if let Some(fingerprint) = &fingerprint {
+        parts.extensions.insert(fingerprint.clone());
     }
     let request = Request::from_parts(parts, body);
+    match held {
+        Reservation::Taken => {}
+        Reservation::Unanswered => return Err(ApiError::in_flight()),
+        Reservation::Answered { body_sha256, status, response } => {
+            if fingerprint.is_some() {
+                identity.body_sha256 = hash(&line, multipart::fingerprint(&state, request).await?.as_bytes());
+            }
+            if body_sha256 != identity.body_sha256 {
+                let message = "This `Idempotency-Key` was used with another request; use a new one.";
+                return Err(ApiError::unprocessable("idempotency_key_reused", "Idempotency-Key", message));
+            }
+            return Ok(repeated(status, response));
+        }
+    }
     let answering = tokio::spawn(async move {
         let answer = next.run(request).await;
-        keep(&state.db, &identity, answer).await
+        let arrived = match &fingerprint {
+            Some(fingerprint) => fingerprint.get().map(|form| hash(&line, form.as_bytes())),
+            None => Some(identity.body_sha256.clone()),
+        };
+        keep(&state.db, &identity, arrived, answer).await
     });
     answering.await.map_err(ApiError::internal)?
+}
+
+fn hash(line: &str, body: &[u8]) -> String {
+    hex::encode(Sha256::new_with_prefix(line).chain_update(body).finalize())
 }
 
 fn is_multipart(headers: &HeaderMap) -> bool {
@@ -112,9 +145,22 @@ fn identity(headers: &HeaderMap, caller: Project, body_sha256: String, streamed:
     }))
 }
 
-/// Takes the identity for this request (`None`), or says what answers it instead. An unanswered
-/// reservation is void after a minute (an hour for an upload): its server died.
-async fn reserve(db: &PgPool, identity: &Identity, streamed: bool) -> Result<Option<Response>, ApiError> {
+/// What stands under an identity.
+enum Reservation {
+    /// It is this request's now.
+    Taken,
+    /// Another one's, which is being answered.
+    Unanswered,
+    Answered {
+        body_sha256: String,
+        status: StatusCode,
+        response: Value,
+    },
+}
+
+/// Takes the identity for this request unless it is taken. An unanswered reservation is void after a
+/// minute (an hour for an upload): its server died.
+async fn reserve(db: &PgPool, identity: &Identity, streamed: bool) -> Result<Reservation, ApiError> {
     let patience = if streamed { 3_600.0 } else { 60.0 };
     let taken = sqlx::query!(
         "INSERT INTO idempotent_requests AS held (project_id, key, body_sha256, expires_at)
@@ -131,7 +177,7 @@ async fn reserve(db: &PgPool, identity: &Identity, streamed: bool) -> Result<Opt
     .execute(db)
     .await?;
     if taken.rows_affected() == 1 {
-        return Ok(None);
+        return Ok(Reservation::Taken);
     }
     let held = sqlx::query!(
         "SELECT body_sha256, status, response FROM idempotent_requests WHERE project_id = $1 AND key = $2",
@@ -140,42 +186,42 @@ async fn reserve(db: &PgPool, identity: &Identity, streamed: bool) -> Result<Opt
     )
     .fetch_optional(db)
     .await?;
-    match held {
-        Some(held) if held.body_sha256 != identity.body_sha256 => Err(ApiError::unprocessable(
-            "idempotency_key_reused",
-            "Idempotency-Key",
-            "This `Idempotency-Key` was used with another request; use a new one.",
-        )),
-        Some(held) => match (held.status.and_then(|status| StatusCode::from_u16(status as u16).ok()), held.response) {
-            (Some(status), Some(response)) => Ok(Some(repeated(status, response))),
-            _ => Err(ApiError::in_flight()),
-        },
-        None => Err(ApiError::in_flight()),
+    let Some(held) = held else { return Ok(Reservation::Unanswered) };
+    // Another body is refused at once; a form's is compared when its own has arrived.
+    if !streamed && held.body_sha256 != identity.body_sha256 {
+        return Ok(Reservation::Answered { body_sha256: held.body_sha256, status: StatusCode::OK, response: Value::Null });
+    }
+    match (held.status.and_then(|status| StatusCode::from_u16(status as u16).ok()), held.response) {
+        (Some(status), Some(response)) => Ok(Reservation::Answered { body_sha256: held.body_sha256, status, response }),
+        _ => Ok(Reservation::Unanswered),
     }
 }
 
 fn repeated(status: StatusCode, response: Value) -> Response {
     let mut answer = (status, axum::Json(response)).into_response();
-    answer.headers_mut().insert("idempotent-replayed", HeaderValue::from_static("true"));
+    answer.headers_mut().insert(REPLAYED, HeaderValue::from_static("true"));
     answer
 }
 
-/// Keeps an answer that will stay true; any other frees the identity for the next attempt.
-async fn keep(db: &PgPool, identity: &Identity, answer: Response) -> Result<Response, ApiError> {
+/// Keeps an answer that will stay true to a request that has `arrived` (its hash); any other frees the
+/// identity for the next attempt.
+async fn keep(db: &PgPool, identity: &Identity, arrived: Option<String>, answer: Response) -> Result<Response, ApiError> {
     let lasting = answer.status().is_success() || matches!(answer.status().as_u16(), 400 | 404 | 413 | 415 | 422);
     let (parts, body) = answer.into_parts();
-    let bytes = parse::read_body(body, 2 * JSON_LIMIT).await?;
-    let kept = serde_json::from_slice::<Value>(&bytes).ok().filter(|_| lasting);
+    let bytes = parse::read_body(&parts.headers, body, ANSWER_LIMIT).await?;
+    let kept = serde_json::from_slice::<Value>(&bytes).ok().filter(|_| lasting).zip(arrived);
     let stored = match kept {
-        Some(response) => {
+        Some((response, arrived)) => {
             sqlx::query!(
-                "UPDATE idempotent_requests SET status = $3, response = $4, expires_at = now() + make_interval(secs => $5)
+                "UPDATE idempotent_requests
+                 SET status = $3, response = $4, expires_at = now() + make_interval(secs => $5), body_sha256 = $6
                  WHERE project_id = $1 AND key = $2",
                 identity.project_id,
                 identity.key,
                 i32::from(parts.status.as_u16()),
                 response,
                 identity.kept,
+                arrived,
             )
             .execute(db)
             .await

@@ -8,6 +8,7 @@
 pub mod auth;
 pub mod children;
 pub mod config;
+pub mod connection;
 pub mod datadir;
 pub mod demo;
 pub mod engine_server;

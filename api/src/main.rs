@@ -80,7 +80,7 @@ async fn run_key(database: &Database, command: &KeyCommand) -> Result<String, Bo
 
 async fn run_api(args: ApiArgs) -> Outcome {
     let database_url = required(&args.database)?;
-    let db = state::pool_options().connect(&database_url).await?;
+    let db = state::pool_options(state::QUERY_DEADLINE).connect(&database_url).await?;
     let mut conn = db.acquire().await?;
     migrate::check(&mut conn).await?;
     if let Some(key) = args.options.api_key.as_deref().filter(|key| !key.is_empty()) {

@@ -2,23 +2,33 @@
 //!
 //! The other fields are short texts and may come before or after the file. Whatever is wrong with
 //! the form, nothing of the file remains: an [`Upload`] that is dropped removes its temporary file.
+//!
+//! Two forms with the same fields are the same, whatever their boundary and order; a [`Fingerprint`]
+//! tells.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, OnceLock},
+};
 
 use axum::{
     extract::{
         FromRequest, Multipart, Request,
         multipart::{Field, MultipartError, MultipartRejection},
     },
-    http::{StatusCode, header},
+    http::{HeaderMap, StatusCode},
 };
 use lathe_jobs::artifacts::Upload;
+use sha2::{Digest, Sha256};
 
-use crate::{parse, problem::ApiError, state::AppState};
+use crate::{parse, problem::ApiError, routes::health, state::AppState};
 
 /// Bytes of a text field, and how many fields a form may have.
 const TEXT_LIMIT: usize = 64 << 10;
 const FIELDS_LIMIT: usize = 64;
+
+/// Bytes of a form besides its file.
+const OTHERS_LIMIT: u64 = (TEXT_LIMIT * FIELDS_LIMIT) as u64;
 
 /// What a form must look like.
 pub struct Expected<'a> {
@@ -39,16 +49,74 @@ pub struct Received {
     pub texts: BTreeMap<String, String>,
 }
 
-/// Reads the form. 400 for a bad one, 413 over the limit, 507 without room.
-pub async fn receive(state: &AppState, request: Request, expected: Expected<'_>) -> Result<Received, ApiError> {
-    let announced = request
-        .headers()
-        .get(header::CONTENT_LENGTH)
-        .and_then(|length| length.to_str().ok())
-        .and_then(|length| length.parse::<u64>().ok());
-    if announced.is_some_and(|bytes| bytes > expected.limit.saturating_add((FIELDS_LIMIT * TEXT_LIMIT) as u64)) {
-        return Err(ApiError::too_large("The file", expected.limit));
+/// Where [`receive`] leaves a hash of the fields of a whole form, for whoever put this into the request's
+/// extensions.
+#[derive(Clone, Debug, Default)]
+pub struct Fingerprint(Arc<OnceLock<String>>);
+
+impl Fingerprint {
+    /// Nothing before the form has wholly arrived.
+    pub fn get(&self) -> Option<&str> {
+        self.0.get().map(String::as_str)
     }
+}
+
+/// Hashes of a form's fields, in any order.
+#[derive(Default)]
+struct Fields(Vec<[u8; 32]>);
+
+impl Fields {
+    fn add(&mut self, name: &str, filename: Option<&str>, content: Sha256) {
+        let mut field = Sha256::new();
+        for part in [name.as_bytes(), filename.unwrap_or_default().as_bytes()] {
+            field.update((part.len() as u64).to_le_bytes());
+            field.update(part);
+        }
+        field.update(content.finalize());
+        self.0.push(field.finalize().into());
+    }
+
+    fn finish(mut self) -> String {
+        self.0.sort_unstable();
+        hex::encode(Sha256::digest(self.0.concat()))
+    }
+}
+
+/// The fingerprint of a form whose first copy has been answered. Nothing of it is kept.
+pub async fn fingerprint(state: &AppState, request: Request) -> Result<String, ApiError> {
+    let limit = state.config.file_limit.saturating_add(OTHERS_LIMIT);
+    let (mut form, mut fields, mut bytes) = (Multipart::from_request(request, state).await?, Fields::default(), 0);
+    while let Some(mut field) = form.next_field().await? {
+        let (name, filename) = (field.name().unwrap_or_default().to_owned(), field.file_name().map(str::to_owned));
+        let mut content = Sha256::new();
+        while let Some(chunk) = field.chunk().await? {
+            bytes += chunk.len() as u64;
+            if bytes > limit {
+                return Err(ApiError::too_large("The file", state.config.file_limit));
+            }
+            content.update(&chunk);
+        }
+        fields.add(&name, filename.as_deref(), content);
+    }
+    Ok(fields.finish())
+}
+
+/// Refuses a form that is announced to be larger than it may be, or than the disk has room for.
+async fn admit(state: &AppState, headers: &HeaderMap, limit: u64) -> Result<(), ApiError> {
+    let Some(announced) = parse::announced(headers) else { return Ok(()) };
+    if announced > limit.saturating_add(OTHERS_LIMIT) {
+        return Err(ApiError::too_large("The file", limit));
+    }
+    let free = health::free_bytes(state).await.map_err(ApiError::internal)?;
+    if announced > free { Err(ApiError::insufficient_storage()) } else { Ok(()) }
+}
+
+/// Reads the form. 400 for a bad one, 413 over the limit, 507 without room; both of these before the body
+/// is read where its length is announced.
+pub async fn receive(state: &AppState, request: Request, expected: Expected<'_>) -> Result<Received, ApiError> {
+    admit(state, request.headers(), expected.limit).await?;
+    let fingerprint = request.extensions().get::<Fingerprint>().cloned();
+    let mut fields = Fields::default();
     let mut form = Multipart::from_request(request, state).await?;
     let mut file: Option<(Upload, String)> = None;
     let mut texts = BTreeMap::new();
@@ -58,17 +126,23 @@ pub async fn receive(state: &AppState, request: Request, expected: Expected<'_>)
             if file.is_some() {
                 return Err(ApiError::bad_request(name, "The form must hold one file, not several."));
             }
-            let filename = plain_filename(field.file_name().unwrap_or("upload"));
-            let mut upload = state.artifacts.create(expected.key).await?;
+            let stated = field.file_name().map(str::to_owned);
+            let (mut upload, mut content) = (state.artifacts.create(expected.key).await?, Sha256::new());
             while let Some(chunk) = field.chunk().await? {
                 if upload.bytes() + chunk.len() as u64 > expected.limit {
                     return Err(ApiError::too_large("The file", expected.limit).with_param(name));
                 }
                 upload.write(&chunk).await?;
+                if fingerprint.is_some() {
+                    content.update(&chunk);
+                }
             }
-            file = Some((upload, filename));
+            fields.add(&name, stated.as_deref(), content);
+            file = Some((upload, plain_filename(stated.as_deref().unwrap_or("upload"))));
         } else if expected.texts.contains(&name.as_str()) {
+            let filename = field.file_name().map(str::to_owned);
             let text = read_text(field, &name).await?;
+            fields.add(&name, filename.as_deref(), Sha256::new_with_prefix(&text));
             if texts.insert(name.clone(), text).is_some() {
                 return Err(ApiError::bad_request(&name, format!("The form's field `{name}` is given twice.")));
             }
@@ -76,6 +150,9 @@ pub async fn receive(state: &AppState, request: Request, expected: Expected<'_>)
             let known = expected.texts.iter().copied().chain([expected.file_field]).collect::<Vec<_>>().join(", ");
             return Err(ApiError::bad_request(&name, format!("The form has no field `{name}`; known are: {known}.")));
         }
+    }
+    if let Some(Fingerprint(slot)) = fingerprint {
+        slot.get_or_init(|| fields.finish());
     }
     match file {
         Some((upload, _)) if upload.bytes() == 0 => Err(ApiError::bad_request(expected.file_field, "The file is empty.")),
@@ -127,6 +204,24 @@ impl From<MultipartError> for ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_fingerprint_is_of_names_and_contents_in_any_order() {
+        let of = |fields: &[(&str, Option<&str>, &str)]| {
+            let mut hashes = Fields::default();
+            fields.iter().for_each(|(name, filename, text)| hashes.add(name, *filename, Sha256::new_with_prefix(text)));
+            hashes.finish()
+        };
+        let first = of(&[("file", Some("a.txt"), "x"), ("purpose", None, "batch")]);
+        assert_eq!(of(&[("purpose", None, "batch"), ("file", Some("a.txt"), "x")]), first);
+        for other in [
+            [("file", Some("a.txt"), "y"), ("purpose", None, "batch")],
+            [("file", Some("b.txt"), "x"), ("purpose", None, "batch")],
+            [("file", Some("a.txt"), "x"), ("purpose", None, "evals")],
+        ] {
+            assert_ne!(of(&other), first);
+        }
+    }
 
     #[test]
     fn filenames_lose_their_folders() {

@@ -7,10 +7,13 @@
 use serde_json::{Map, Value, json};
 use utoipa::{PartialSchema, ToSchema, openapi::OpenApi};
 
-use crate::{problem::ErrorBody, routes};
+use crate::{idempotency::CREATIONS, problem::ErrorBody, routes};
 
 /// The tag of operations that need no key.
 pub const PUBLIC_TAG: &str = "health";
+
+/// The tags of operations that only an admin's key may call.
+pub const ADMIN_TAGS: [&str; 2] = ["projects", "operating"];
 
 /// The whole document, as `/openapi.json` and `lathe openapi` show it.
 pub fn document() -> Value {
@@ -35,9 +38,16 @@ pub fn finish(document: OpenApi) -> Value {
     for (name, schema) in schemas {
         document["components"]["schemas"][name] = json!(schema);
     }
-    if let Some(paths) = document["paths"].as_object_mut() {
-        let operations = paths.values_mut().filter_map(Value::as_object_mut).flat_map(|item| item.values_mut());
-        operations.filter_map(Value::as_object_mut).filter(|operation| operation.contains_key("operationId")).for_each(complete);
+    document["components"]["headers"] = json!({
+        "x-request-id": {"description": "Names the request in the server's log.", "schema": {"type": "string"}},
+        "Retry-After": {"description": "Seconds after which the request may succeed.", "schema": {"type": "integer"}},
+    });
+    if let Some(schemas) = document["components"]["schemas"].as_object_mut() {
+        complete_lists(schemas);
+    }
+    for (path, item) in document["paths"].as_object_mut().into_iter().flatten() {
+        let operations = item.as_object_mut().into_iter().flat_map(|item| item.values_mut()).filter_map(Value::as_object_mut);
+        operations.filter(|operation| operation.contains_key("operationId")).for_each(|operation| complete(path, operation));
     }
     document
 }
@@ -63,32 +73,65 @@ fn tags() -> Vec<Value> {
     tags.iter().map(|(name, description)| json!({"name": name, "description": description})).collect()
 }
 
-fn complete(operation: &mut Map<String, Value>) {
-    let public = operation.get("tags").and_then(Value::as_array).is_some_and(|tags| tags.iter().any(|tag| tag == PUBLIC_TAG));
-    let has_body = operation.contains_key("requestBody");
-    let has_id =
-        operation.get("parameters").and_then(Value::as_array).is_some_and(|all| all.iter().any(|one| one["in"] == "path"));
+/// The refusals that any operation of this kind can give, and where they differ, an operation's own words
+/// for them.
+fn complete(path: &str, operation: &mut Map<String, Value>) {
+    let tagged = |operation: &Map<String, Value>, names: &[&str]| {
+        operation
+            .get("tags")
+            .and_then(Value::as_array)
+            .is_some_and(|tags| tags.iter().any(|tag| names.iter().any(|name| tag == name)))
+    };
+    let (public, admin) = (tagged(operation, &[PUBLIC_TAG]), tagged(operation, &ADMIN_TAGS));
+    let body = operation.get("requestBody").map(|body| &body["content"]);
+    let (has_body, has_json) = (body.is_some(), body.is_some_and(|body| body["application/json"].is_object()));
+    let creates = has_body && CREATIONS.contains(&path);
+    let parameters = operation.get("parameters").and_then(Value::as_array);
+    let has_id = parameters.is_some_and(|all| all.iter().any(|one| one["in"] == "path"));
     operation.insert("security".to_owned(), if public { json!([]) } else { json!([{"key": []}]) });
     let Some(responses) = operation.get_mut("responses").and_then(Value::as_object_mut) else { return };
-    let mut refusals = vec![("500", "Something failed inside; the log has it under the answer's x-request-id.")];
-    if !public {
-        refusals.push(("400", "Malformed or out of bounds; `param` says where."));
-        refusals.push(("401", "No valid API key."));
-        refusals.push(("503", "The database is away or there is no capacity; try again after `Retry-After` seconds."));
+    let general = [
+        ("400", !public, "Malformed or out of bounds; `param` says where."),
+        ("401", !public, "No valid API key."),
+        ("403", admin, "The key is not an admin's."),
+        ("404", has_id, "Unknown, or another project's."),
+        ("408", has_body, "The body stopped arriving."),
+        ("409", creates, "The first request with this `Idempotency-Key` is still being answered."),
+        ("413", has_body, "The body is over the limit."),
+        ("415", has_body, "The body is of another content type."),
+        ("422", has_json || creates, "Valid by the schema, but impossible here; `code` and `param` say why."),
+        ("500", true, "Something failed inside; the log has it under the answer's x-request-id."),
+        ("503", !public, "The database is away or there is no capacity; try again after `Retry-After` seconds."),
+        ("507", has_body, "The disk is full."),
+    ];
+    for (status, _, description) in general.into_iter().filter(|(_, applies, _)| *applies) {
+        responses.entry(status).or_insert_with(|| json!({ "description": description }));
     }
-    if has_body {
-        refusals.push(("408", "The body stopped arriving."));
-        refusals.push(("413", "The body is over the limit."));
-        refusals.push(("415", "The body is of another content type."));
-    }
-    if has_id {
-        refusals.push(("404", "Unknown, or another project's."));
-    }
-    for (status, description) in refusals {
-        let content = json!({"application/json": {"schema": {"$ref": format!("#/components/schemas/{}", ErrorBody::name())}}});
-        responses.entry(status).or_insert_with(|| json!({"description": description, "content": content}));
+    for (status, response) in responses.iter_mut() {
+        let mut headers = json!({"x-request-id": {"$ref": "#/components/headers/x-request-id"}});
+        if matches!(status.as_str(), "429" | "503") {
+            headers["Retry-After"] = json!({"$ref": "#/components/headers/Retry-After"});
+        }
+        if !status.starts_with('2') && response["content"].is_null() {
+            response["content"] =
+                json!({"application/json": {"schema": {"$ref": format!("#/components/schemas/{}", ErrorBody::name())}}});
+        }
+        response["headers"] = headers;
     }
     responses.sort_keys();
+}
+
+/// A list shows one of its items.
+fn complete_lists(schemas: &mut Map<String, Value>) {
+    let items: Vec<(String, Value)> = schemas
+        .iter()
+        .filter_map(|(name, _)| Some((name.clone(), schemas.get(name.strip_prefix("List_")?)?["example"].clone())))
+        .filter(|(_, example)| !example.is_null())
+        .collect();
+    for (list, item) in items {
+        schemas[&list]["example"] =
+            json!({"object": "list", "data": [item], "has_more": false, "first_id": item["id"], "last_id": item["id"]});
+    }
 }
 
 #[cfg(test)]

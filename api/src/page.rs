@@ -1,16 +1,9 @@
 //! Lists: pages over (created_at, id), newest first unless asked otherwise.
 //!
 //! `after` is the id of the last item of the page before; its row may have been deleted meanwhile,
-//! since tombstones stay. A route states its own query type, with its own bounds for `limit`, and
-//! makes a [`Page`] of it; the query fetches [`Page::fetch`] rows, one more than the page shows,
-//! which is how [`List::of`] knows whether more follow:
-//!
-//! ```sql
-//! WHERE ($2::timestamptz IS NULL
-//!        OR CASE WHEN $4 THEN (created_at, id) > ($2, $3) ELSE (created_at, id) < ($2, $3) END)
-//! ORDER BY CASE WHEN $4 THEN created_at END, CASE WHEN $4 THEN id END, created_at DESC, id DESC
-//! LIMIT $5
-//! ```
+//! since tombstones stay. A route states its own query type, with its own bounds for `limit`, makes a
+//! [`Page`] of it and fetches its rows with [`fetch_page`]: one row more than the page shows, which is
+//! how [`List::of`] knows whether more follow.
 
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
@@ -27,7 +20,7 @@ pub enum Order {
     Desc,
 }
 
-/// Which part of a list is asked for; the parameters of the SQL above.
+/// Which part of a list is asked for.
 #[derive(Clone, Debug)]
 pub struct Page {
     pub after: Option<OffsetDateTime>,
@@ -63,6 +56,43 @@ impl Page {
         self.limit as i64 + 1
     }
 }
+
+/// The rows of a page. The query ends in its `WHERE`, and has columns `created_at` and `id`; its own
+/// parameters begin at `$4`. Each direction has a query of its own, without a choice inside, so that
+/// both walk the list's index from where the page begins.
+macro_rules! fetch_page {
+    // By another macro than sqlx's, which knows the row and the beginning of the query.
+    (@ [$($query:tt)*] [$($head:tt)*] $db:expr, $page:expr, $select:literal $(, $argument:expr)* $(,)?) => {{
+        let page: &crate::page::Page = $page;
+        if page.ascending {
+            $($query)*!(
+                $($head)* $select
+                    + " AND (created_at, id) > (coalesce($1, '-infinity'::timestamptz), coalesce($2, '')) ORDER BY created_at, id LIMIT $3",
+                page.after,
+                page.after_id,
+                page.fetch()
+                $(, $argument)*
+            )
+            .fetch_all($db)
+            .await
+        } else {
+            $($query)*!(
+                $($head)* $select
+                    + " AND (created_at, id) < (coalesce($1, 'infinity'::timestamptz), coalesce($2, '')) ORDER BY created_at DESC, id DESC LIMIT $3",
+                page.after,
+                page.after_id,
+                page.fetch()
+                $(, $argument)*
+            )
+            .fetch_all($db)
+            .await
+        }
+    }};
+    ($row:path, $($rest:tt)*) => {
+        crate::page::fetch_page!(@ [sqlx::query_as] [$row,] $($rest)*)
+    };
+}
+pub(crate) use fetch_page;
 
 /// A page in OpenAI's shape.
 #[derive(Clone, Debug, Serialize, ToSchema)]

@@ -1,7 +1,7 @@
 //! Requests become values of their types here, once, or are refused with the full path of what is
 //! wrong.
 //!
-//! [`Body<T>`] reads strict JSON: no duplicate keys, bounded depth and size, no U+0000 in text. The
+//! [`Body<T>`] reads strict JSON: no duplicate keys, bounded depth and size. The
 //! value is then held against `T`'s own schema (see [`crate::schema`]), which is the one that the
 //! OpenAPI document shows. So bounds, enums and the shapes of tagged unions are stated once, in
 //! `#[schema(minimum = 1, maximum = 100)]` attributes, and a violation inside a tagged union keeps
@@ -28,11 +28,9 @@ use utoipa::{IntoParams, ToSchema};
 
 use crate::{
     problem::ApiError,
-    schema::{self, Violation},
+    schema::{self, Schema, Violation},
+    state::AppState,
 };
-
-/// Bytes of a JSON body.
-pub const JSON_LIMIT: usize = 4 << 20;
 
 /// Arrays and objects inside one another.
 const DEPTH_LIMIT: usize = 64;
@@ -45,30 +43,32 @@ pub struct Path<T>(pub T);
 /// A JSON body that `T`'s schema accepts.
 pub struct Body<T>(pub T);
 
-impl<S: Send + Sync, T: DeserializeOwned + ToSchema> FromRequest<S> for Body<T> {
+impl<T: DeserializeOwned + ToSchema> FromRequest<AppState> for Body<T> {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, _state: &S) -> Result<Self, ApiError> {
-        require_json(request.headers())?;
-        let bytes = read_body(request.into_body(), JSON_LIMIT).await?;
-        Ok(Body(schema::read(json(&bytes)?)?))
+    async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
+        let (parts, body) = request.into_parts();
+        require_json(&parts.headers)?;
+        let bytes = read_body(&parts.headers, body, state.config.json_limit).await?;
+        Ok(Body(typed(json(&bytes)?)?))
     }
 }
 
 /// Like [`Body`], for a route whose body may be absent: an empty one reads as `{}`.
 pub struct OptionalBody<T>(pub T);
 
-impl<S: Send + Sync, T: DeserializeOwned + ToSchema> FromRequest<S> for OptionalBody<T> {
+impl<T: DeserializeOwned + ToSchema> FromRequest<AppState> for OptionalBody<T> {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, _state: &S) -> Result<Self, ApiError> {
-        let typed = require_json(request.headers());
-        let bytes = read_body(request.into_body(), JSON_LIMIT).await?;
+    async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
+        let (parts, body) = request.into_parts();
+        let is_json = require_json(&parts.headers);
+        let bytes = read_body(&parts.headers, body, state.config.json_limit).await?;
         if bytes.is_empty() {
-            return Ok(OptionalBody(schema::read(Value::Object(Map::new()))?));
+            return Ok(OptionalBody(typed(Value::Object(Map::new()))?));
         }
-        typed?;
-        Ok(OptionalBody(schema::read(json(&bytes)?)?))
+        is_json?;
+        Ok(OptionalBody(typed(json(&bytes)?)?))
     }
 }
 
@@ -93,9 +93,9 @@ impl<S: Send + Sync, T: DeserializeOwned + IntoParams> FromRequestParts<S> for Q
                 return Err(ApiError::bad_request(&name, format!("There is no query parameter `{name}` here.")));
             };
             if text.contains('\0') {
-                return Err(nul(&name));
+                return Err(ApiError::bad_request(&name, "Text may not hold the character U+0000."));
             }
-            let value = typed(schema, text);
+            let value = parameter(schema, text);
             match (has_type(schema, "array"), values.get_mut(&name)) {
                 (true, Some(Value::Array(items))) => items.push(value),
                 (true, _) => drop(values.insert(name, Value::Array(vec![value]))),
@@ -104,7 +104,33 @@ impl<S: Send + Sync, T: DeserializeOwned + IntoParams> FromRequestParts<S> for Q
             }
         }
         let shape = serde_json::json!({"type": "object", "additionalProperties": false, "properties": properties});
-        Ok(Query(schema::read_as(shape, Value::Object(values))?))
+        let (schema, values) = (Schema::alone(shape), Value::Object(values));
+        schema.check(&values)?;
+        Ok(Query(schema.read(values)?))
+    }
+}
+
+/// A value as a `T`: 400 where `T`'s schema refuses it, 422 for the character that no column of the
+/// database holds, which a schema has no word for.
+pub fn typed<T: DeserializeOwned + ToSchema>(value: Value) -> Result<T, ApiError> {
+    let schema = Schema::of::<T>();
+    schema.check(&value)?;
+    if let Some(param) = find_nul(&value, String::new()) {
+        return Err(ApiError::unprocessable("nul_character", param, "Text may not hold the character U+0000."));
+    }
+    Ok(schema.read(value)?)
+}
+
+/// Where a text or a name holds U+0000.
+fn find_nul(value: &Value, at: String) -> Option<String> {
+    match value {
+        Value::String(text) => text.contains('\0').then_some(at),
+        Value::Array(items) => items.iter().enumerate().find_map(|(index, item)| find_nul(item, format!("{at}[{index}]"))),
+        Value::Object(fields) => fields.iter().find_map(|(name, field)| {
+            let path = schema::join(&at, name);
+            if name.contains('\0') { Some(path) } else { find_nul(field, path) }
+        }),
+        Value::Null | Value::Bool(_) | Value::Number(_) => None,
     }
 }
 
@@ -120,7 +146,7 @@ fn has_type(schema: &Value, name: &str) -> bool {
 
 /// A parameter's text as the JSON value that its schema asks for; text that does not fit stays text
 /// and is refused by the schema.
-fn typed(schema: &Value, text: String) -> Value {
+fn parameter(schema: &Value, text: String) -> Value {
     let schema = if has_type(schema, "array") { &schema["items"] } else { schema };
     let parsed = match &schema["type"] {
         _ if has_type(schema, "integer") || has_type(schema, "number") => {
@@ -142,8 +168,16 @@ fn require_json(headers: &HeaderMap) -> Result<(), ApiError> {
     Err(ApiError::unsupported_media_type(format!("The body must be JSON under `Content-Type: application/json`, and {found}.")))
 }
 
-/// The whole body, at most `limit` bytes of it.
-pub async fn read_body(body: axum::body::Body, limit: usize) -> Result<Bytes, ApiError> {
+/// The bytes of a body that its head announces.
+pub fn announced(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// The whole body, at most `limit` bytes of it. One that announces more is not read at all.
+pub async fn read_body(headers: &HeaderMap, body: axum::body::Body, limit: usize) -> Result<Bytes, ApiError> {
+    if announced(headers).is_some_and(|bytes| bytes > limit as u64) {
+        return Err(ApiError::too_large("The body", limit as u64));
+    }
     match Limited::new(body, limit).collect().await {
         Ok(collected) => Ok(collected.to_bytes()),
         Err(error) if error.is::<LengthLimitError>() => Err(ApiError::too_large("The body", limit as u64)),
@@ -186,10 +220,6 @@ pub fn json(bytes: &[u8]) -> Result<Value, ApiError> {
             _ => ApiError::bad_request("", format!("The body is not valid JSON: {error}.")),
         }
     })
-}
-
-fn nul(param: &str) -> ApiError {
-    ApiError::bad_request(param, "Text may not hold the character U+0000.")
 }
 
 /// Builds a [`Value`] and refuses what [`Value`]'s own reader lets through.
@@ -242,10 +272,7 @@ impl<'de> Visitor<'de> for StrictValue {
         Number::from_f64(value).map(Value::Number).ok_or_else(|| E::custom("This number is not finite"))
     }
 
-    fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<Value, E> {
-        if value.contains('\0') {
-            return Err(E::custom("Text may not hold the character U+0000"));
-        }
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
         Ok(Value::String(value.to_owned()))
     }
 
@@ -262,9 +289,6 @@ impl<'de> Visitor<'de> for StrictValue {
         let inner = self.inner()?;
         let mut object = Map::new();
         while let Some(name) = fields.next_key::<String>()? {
-            if name.contains('\0') {
-                return Err(A::Error::custom("Names may not hold the character U+0000"));
-            }
             if object.contains_key(&name) {
                 return Err(A::Error::custom(format!("The field `{name}` is given twice")));
             }
@@ -285,13 +309,20 @@ mod tests {
     }
 
     #[test]
+    fn nul_characters_are_found_wherever_they_stand() {
+        let found = |text: &str| find_nul(&json(text.as_bytes()).unwrap(), String::new());
+        assert_eq!(found(r#"{"a": {"b": ["x", "\u0000"]}}"#).as_deref(), Some("a.b[1]"));
+        assert_eq!(found(r#"{"a": {"b\u0000": 1}}"#).as_deref(), Some("a.b\0"));
+        assert_eq!(found(r#"{"a": [1, true, null, "x"]}"#), None);
+    }
+
+    #[test]
     fn strict_json() {
         assert_eq!(
             json(br#"{"a": [1, -2, 0.5, "x", null, true]}"#).unwrap(),
             serde_json::json!({"a": [1, -2, 0.5, "x", null, true]})
         );
         assert_eq!(refusal(r#"{"a": {"b": [{"c": 1, "c": 2}]}}"#).1, "The field `c` is given twice.");
-        assert_eq!(refusal(r#"{"a": {"b": ["x", "\u0000"]}}"#).0.as_deref(), Some("a.b[1]"));
         assert!(refusal(&("[".repeat(65) + &"]".repeat(65))).1.contains("deep"));
         assert!(refusal(&"[".repeat(1_000_000)).1.contains("deep"));
         for malformed in ["", "{", "{} x", "{'a': 1}", "[1e999]", "\"\\ud800\"", "nul", "\u{feff}{}"] {

@@ -8,12 +8,15 @@ use std::borrow::Cow;
 
 use axum::{
     extract::rejection::{PathRejection, QueryRejection},
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use lathe_jobs::artifacts::ArtifactError;
 use serde::Serialize;
 use utoipa::ToSchema;
+
+/// Tells OpenAI's SDKs whether to try again, whatever they make of the status.
+pub const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// The body of every answer that is not a success.
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -171,7 +174,7 @@ impl IntoResponse for ApiError {
             headers.insert(header::RETRY_AFTER, seconds.into());
         } else if [StatusCode::CONFLICT, StatusCode::INSUFFICIENT_STORAGE, StatusCode::GATEWAY_TIMEOUT].contains(&self.status) {
             // SDKs retry these statuses by themselves unless told that it is of no use.
-            headers.insert("x-should-retry", HeaderValue::from_static("false"));
+            headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
@@ -209,7 +212,8 @@ fn is_connection_loss(error: &sqlx::Error) -> bool {
     )
 }
 
-/// Classes are SQLSTATE's: 08 connection, 53 resources, 57P shutdown, 22021 a NUL byte in text.
+/// Classes are SQLSTATE's: 08 connection, 53 resources, 57P shutdown, 57014 a deadline, 22021 a NUL byte in
+/// text.
 fn from_database(cause: &dyn sqlx::error::DatabaseError) -> ApiError {
     let code = cause.code().unwrap_or_default();
     match (code.as_ref(), cause.constraint()) {
@@ -222,6 +226,10 @@ fn from_database(cause: &dyn sqlx::error::DatabaseError) -> ApiError {
         ("22021" | "22P05", _) => ApiError::bad_request("", "Text may not hold the character U+0000."),
         ("40001" | "40P01" | "55P03", _) => {
             ApiError::unavailable("database_busy", 1, "Another request changed the same thing at the same time; try again.")
+        }
+        ("57014", _) => {
+            tracing::warn!(error = %cause, "a query was given up");
+            ApiError::unavailable("database_busy", 2, "The database took too long to answer; try again in a few seconds.")
         }
         (_, Some("projects_name_unique")) => ApiError::conflict("There is a project of this name already.").with_param("name"),
         (_, Some("api_keys_hash_unique")) => ApiError::conflict("This key exists already."),

@@ -7,11 +7,18 @@ use lathe_jobs::{
     spec::Spec,
     state::ResourceState,
 };
+use lathe_model::protocol::FailureCode;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
-use utoipa::{IntoParams, ToSchema};
+use utoipa::{
+    IntoParams, ToSchema,
+    openapi::{
+        RefOr,
+        schema::{ObjectBuilder, Schema, Type},
+    },
+};
 
 use crate::{
     page::{Order, Page},
@@ -56,13 +63,19 @@ impl StateName {
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
 #[schema(example = json!({"code": "no_valid_rows", "message": "No row of the files is valid. Look at the dataset's errors.", "param": null}))]
 pub struct FailureDetail {
-    /// A word of a closed list.
+    #[schema(schema_with = failure_codes)]
     pub code: String,
     /// What happened and what to do.
     pub message: String,
     /// The field of the request that it comes from, where there is one.
     #[serde(default)]
     pub param: Option<String>,
+}
+
+/// The closed list of reasons; a row of another version may hold one that this version lacks.
+fn failure_codes() -> impl Into<RefOr<Schema>> {
+    let names = FailureCode::ALL.iter().map(|code| json!(code));
+    ObjectBuilder::new().schema_type(Type::String).enum_values(Some(names)).description(Some("A word of a closed list."))
 }
 
 impl FailureDetail {

@@ -1,13 +1,18 @@
 //! Checks a body against the very schema that the OpenAPI document shows, then reads it.
 //!
 //! Bounds, enums, unknown fields and the shapes of tagged unions are stated once, in the
-//! `#[schema(…)]` attributes of a request's type. [`read`] refuses exactly what that schema refuses,
+//! `#[schema(…)]` attributes of a request's type. [`Schema::check`] refuses exactly what that schema refuses,
 //! with the full path of the offending field, which serde loses inside a tagged union. What a schema
 //! cannot express (fields that contradict one another) is its caller's to check.
+//!
+//! A union is an untagged enum over structs that hold their own tag, since only a struct's schema
+//! says that no other field is known.
 //!
 //! Only the keywords that utoipa writes are known: `type`, `enum`, `properties`, `required`,
 //! `additionalProperties`, `propertyNames`, `items`, `oneOf`, `allOf`, `$ref` and the bounds on
 //! numbers, strings, arrays and objects.
+
+use std::cmp::Ordering;
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -27,25 +32,6 @@ impl Violation {
     }
 }
 
-/// `body` as a `T`, or the first violation of `T`'s schema.
-pub fn read<T: ToSchema + DeserializeOwned>(body: Value) -> Result<T, Violation> {
-    Schema::of::<T>().check(&body)?;
-    deserialize(body)
-}
-
-/// Like [`read`], against a schema that refers to no other.
-pub fn read_as<T: DeserializeOwned>(schema: Value, body: Value) -> Result<T, Violation> {
-    Schema { root: schema, named: Map::new() }.check(&body)?;
-    deserialize(body)
-}
-
-fn deserialize<T: DeserializeOwned>(body: Value) -> Result<T, Violation> {
-    serde_path_to_error::deserialize(body).map_err(|error| {
-        let path = error.path().to_string();
-        Violation::new(if path == "." { "" } else { &path }, error.inner().to_string())
-    })
-}
-
 /// A type's schema with those it refers to.
 pub struct Schema {
     root: Value,
@@ -60,8 +46,52 @@ impl Schema {
         Schema { root: json(&T::schema()), named: referred.iter().map(|(name, schema)| (name.clone(), json(schema))).collect() }
     }
 
+    /// A schema that refers to no other.
+    pub fn alone(root: Value) -> Schema {
+        Schema { root, named: Map::new() }
+    }
+
     pub fn check(&self, body: &Value) -> Result<(), Violation> {
         self.check_at(&self.root, body, "")
+    }
+
+    /// A body that this schema accepts, as the type that the schema is of.
+    pub fn read<T: DeserializeOwned>(&self, mut body: Value) -> Result<T, Violation> {
+        self.make_integers(&self.root, &mut body);
+        serde_path_to_error::deserialize(body).map_err(|error| {
+            let path = error.path().to_string();
+            Violation::new(if path == "." { "" } else { &path }, error.inner().to_string())
+        })
+    }
+
+    /// Where the schema asks for an integer, `12.0` is one; serde wants it as `12`.
+    fn make_integers(&self, schema: &Value, value: &mut Value) {
+        let schema = self.resolve(schema);
+        for part in list(&schema["allOf"]) {
+            self.make_integers(part, value);
+        }
+        if let Some(branch) = list(&schema["oneOf"]).find(|branch| self.check_at(branch, value, "").is_ok()) {
+            self.make_integers(branch, value);
+        }
+        match value {
+            Value::Number(number) if number.is_f64() && types(schema).any(|name| name == "integer") => {
+                if let Some(integer) = integer(number) {
+                    *value = i64::try_from(integer)
+                        .map(Value::from)
+                        .or_else(|_| u64::try_from(integer).map(Value::from))
+                        .unwrap_or_default();
+                }
+            }
+            Value::Array(items) if schema["items"].is_object() => {
+                items.iter_mut().for_each(|item| self.make_integers(&schema["items"], item));
+            }
+            Value::Object(fields) => {
+                for (name, field) in fields {
+                    self.make_integers(schema["properties"].get(name).unwrap_or(&schema["additionalProperties"]), field);
+                }
+            }
+            _ => {}
+        }
     }
 
     fn resolve<'a>(&'a self, schema: &'a Value) -> &'a Value {
@@ -157,7 +187,7 @@ impl Schema {
             let schema = self.resolve(schema);
             likeness += 1;
             if schema["enum"].is_array() {
-                likeness += if check_enum(schema, field, "").is_ok() { 100 } else { -100 };
+                likeness += if check_enum(schema, field, "").is_ok() { 100 } else { 0 };
             } else if let Some(tag) = field.get("type") {
                 let tag_schema = self.resolve(&schema["properties"]["type"]);
                 likeness += if tag_schema["enum"].is_array() && check_enum(tag_schema, tag, "").is_ok() { 100 } else { 0 };
@@ -171,7 +201,8 @@ fn list(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
-fn join(at: &str, name: &str) -> String {
+/// The path of a field.
+pub fn join(at: &str, name: &str) -> String {
     if at.is_empty() { name.to_owned() } else { format!("{at}.{name}") }
 }
 
@@ -180,15 +211,23 @@ fn subject(at: &str) -> String {
     if at.is_empty() { "The body".to_owned() } else { format!("`{at}`") }
 }
 
+/// The names in `type`.
+fn types(schema: &Value) -> impl Iterator<Item = &str> {
+    schema["type"].as_str().into_iter().chain(list(&schema["type"]).filter_map(Value::as_str))
+}
+
+/// The integer that a number is, however it is written, if it is one of at most 64 bits.
+fn integer(number: &serde_json::Number) -> Option<i128> {
+    let integer = number.as_i128().or_else(|| number.as_f64().filter(|value| value.fract() == 0.0).map(|value| value as i128))?;
+    (i128::from(i64::MIN)..=i128::from(u64::MAX)).contains(&integer).then_some(integer)
+}
+
 fn check_type(schema: &Value, value: &Value, at: &str) -> Result<(), Violation> {
-    let types: Vec<&str> = match &schema["type"] {
-        Value::String(one) => vec![one],
-        several => list(several).filter_map(Value::as_str).collect(),
-    };
+    let types: Vec<&str> = types(schema).collect();
     let fits = |name: &&str| match *name {
         "null" => value.is_null(),
         "boolean" => value.is_boolean(),
-        "integer" => value.is_u64() || value.is_i64(),
+        "integer" => matches!(value, Value::Number(number) if integer(number).is_some()),
         "number" => value.is_number(),
         "string" => value.is_string(),
         "array" => value.is_array(),
@@ -220,18 +259,29 @@ fn check_enum(schema: &Value, value: &Value, at: &str) -> Result<(), Violation> 
 }
 
 fn check_number(schema: &Value, number: &serde_json::Number, at: &str) -> Result<(), Violation> {
-    let value = number.as_f64().unwrap_or(f64::NAN);
-    let bound = |keyword: &str| schema[keyword].as_f64();
-    let (minimum, above) = (bound("minimum"), bound("exclusiveMinimum"));
-    let (maximum, below) = (bound("maximum"), bound("exclusiveMaximum"));
-    let low = minimum.is_some_and(|minimum| value < minimum) || above.is_some_and(|above| value <= above);
-    let high = maximum.is_some_and(|maximum| value > maximum) || below.is_some_and(|below| value >= below);
-    if !low && !high {
+    let broken = |keyword: &str, allowed: fn(Ordering) -> bool| match &schema[keyword] {
+        Value::Number(bound) => !allowed(compare(number, bound)),
+        _ => false,
+    };
+    if !broken("minimum", Ordering::is_ge)
+        && !broken("exclusiveMinimum", Ordering::is_gt)
+        && !broken("maximum", Ordering::is_le)
+        && !broken("exclusiveMaximum", Ordering::is_lt)
+    {
         return Ok(());
     }
-    let limits = [(minimum, "at least"), (above, "above"), (maximum, "at most"), (below, "below")];
-    let limits = limits.iter().filter_map(|(limit, words)| limit.map(|limit| format!("{words} {limit}"))).collect::<Vec<_>>();
+    let limits = [("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"), ("exclusiveMaximum", "below")];
+    let limits = limits.iter().filter(|(keyword, _)| schema[keyword].is_number());
+    let limits = limits.map(|(keyword, words)| format!("{words} {}", schema[keyword])).collect::<Vec<_>>();
     Err(Violation::new(at, format!("{} must be {}, not {number}.", subject(at), limits.join(" and "))))
+}
+
+/// Exact among integers, which are beyond what a float holds where they are large.
+fn compare(number: &serde_json::Number, bound: &serde_json::Number) -> Ordering {
+    match (integer(number), integer(bound)) {
+        (Some(number), Some(bound)) => number.cmp(&bound),
+        _ => number.as_f64().zip(bound.as_f64()).map_or(Ordering::Equal, |(number, bound)| number.total_cmp(&bound)),
+    }
 }
 
 fn check_count(schema: &Value, count: usize, [min, max]: [&str; 2], unit: &str, at: &str) -> Result<(), Violation> {
@@ -253,17 +303,39 @@ mod tests {
     use super::*;
 
     #[derive(Debug, PartialEq, Deserialize, ToSchema)]
-    #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+    #[serde(rename_all = "snake_case")]
+    enum CircleType {
+        Circle,
+    }
+
+    #[derive(Debug, PartialEq, Deserialize, ToSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Circle {
+        r#type: CircleType,
+        #[schema(minimum = 1, maximum = 9)]
+        radius: f64,
+    }
+
+    #[derive(Debug, PartialEq, Deserialize, ToSchema)]
+    #[serde(rename_all = "snake_case")]
+    enum SquareType {
+        Square,
+    }
+
+    #[derive(Debug, PartialEq, Deserialize, ToSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Square {
+        r#type: SquareType,
+        #[schema(min_items = 1)]
+        sides: Vec<u64>,
+        name: Option<String>,
+    }
+
+    #[derive(Debug, PartialEq, Deserialize, ToSchema)]
+    #[serde(untagged)]
     enum Shape {
-        Circle {
-            #[schema(minimum = 1, maximum = 9)]
-            radius: f64,
-        },
-        Square {
-            #[schema(min_items = 1)]
-            sides: Vec<u64>,
-            name: Option<String>,
-        },
+        Circle(Circle),
+        Square(Square),
     }
 
     #[derive(Debug, Deserialize, ToSchema)]
@@ -275,6 +347,12 @@ mod tests {
         title: Option<String>,
     }
 
+    fn read<T: ToSchema + serde::de::DeserializeOwned>(body: Value) -> Result<T, Violation> {
+        let schema = Schema::of::<T>();
+        schema.check(&body)?;
+        schema.read(body)
+    }
+
     fn refusal(body: Value) -> (String, String) {
         let violation = read::<Drawing>(body).unwrap_err();
         (violation.param, violation.message)
@@ -284,7 +362,8 @@ mod tests {
     fn a_valid_body_is_read() {
         let drawing =
             read::<Drawing>(json!({"shapes": [{"type": "square", "sides": [1], "name": null}], "title": null})).unwrap();
-        assert_eq!(drawing.shapes, [Shape::Square { sides: vec![1], name: None }]);
+        let square = Square { r#type: SquareType::Square, sides: vec![1], name: None };
+        assert_eq!(drawing.shapes, [Shape::Square(square)]);
         assert_eq!(drawing.title, None);
     }
 
@@ -292,12 +371,29 @@ mod tests {
     fn paths_reach_into_tagged_unions() {
         assert_eq!(refusal(json!({"shapes": [{"type": "circle", "radius": 10}]})).0, "shapes[0].radius");
         assert_eq!(refusal(json!({"shapes": [{"type": "square", "sides": [1, -1]}]})).0, "shapes[0].sides[1]");
-        // A union's form cannot say in its schema that it knows no other fields: serde refuses them.
-        let (param, message) = refusal(json!({"shapes": [{"type": "square", "sides": [1], "radius": 2}]}));
-        assert_eq!(param, "shapes[0]");
-        assert!(message.contains("unknown field `radius`"), "{message}");
+        assert_eq!(refusal(json!({"shapes": [{"type": "square", "sides": [1], "radius": 2}]})).0, "shapes[0].radius");
         assert_eq!(refusal(json!({"shapes": [{"type": "square"}]})).0, "shapes[0].sides");
         assert_eq!(refusal(json!({"shapes": [{"type": "cube"}]})).0, "shapes[0].type");
+    }
+
+    #[derive(Debug, PartialEq, Deserialize, ToSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Numbers {
+        #[schema(minimum = 0, maximum = 18446744073709551615u64)]
+        seed: u64,
+        share: Option<f64>,
+        any: Option<Value>,
+    }
+
+    #[test]
+    fn an_integer_may_be_written_with_a_point() {
+        let numbers = read::<Numbers>(json!({"seed": 12.0, "share": 1, "any": [1.0]})).unwrap();
+        assert_eq!(numbers, Numbers { seed: 12, share: Some(1.0), any: Some(json!([1.0])) });
+        let largest = json!({"seed": u64::MAX});
+        assert_eq!(read::<Numbers>(largest).unwrap().seed, u64::MAX);
+        for wrong in [json!(12.5), json!(1e300), json!(-1), json!(1.8446744073709552e19), json!("12")] {
+            assert_eq!(read::<Numbers>(json!({"seed": wrong})).unwrap_err().param, "seed", "{wrong}");
+        }
     }
 
     #[test]

@@ -4,31 +4,43 @@
 //! log too; every refusal has the shape of [`crate::problem::ErrorBody`], a panic's included; a
 //! request's head and body must keep arriving; at shutdown open requests get a moment to end.
 
-use std::{io, time::Instant};
+use std::{
+    convert::Infallible,
+    io,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Router,
     extract::{DefaultBodyLimit, MatchedPath, Request, State},
-    http::{HeaderName, HeaderValue, Method, Uri},
+    http::{HeaderName, HeaderValue, Method, Uri, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
+use hyper::service::service_fn;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::graceful::GracefulShutdown,
-    service::TowerToHyperService,
 };
 use lathe_jobs::ids;
 use tokio::net::TcpListener;
+use tower::ServiceExt;
 use tower_http::{
     catch_panic::CatchPanicLayer,
-    cors::{Any, CorsLayer},
+    cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer},
     timeout::RequestBodyTimeoutLayer,
 };
 use tracing::Instrument;
 use utoipa_swagger_ui::SwaggerUi;
 
-use crate::{openapi, problem::ApiError, routes, state::AppState};
+use crate::{
+    connection::{Activity, Answer, KEEP_ALIVE, Timed},
+    idempotency::REPLAYED,
+    openapi,
+    problem::{ApiError, SHOULD_RETRY},
+    routes,
+    state::AppState,
+};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -36,8 +48,11 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub fn app(state: AppState) -> Router {
     let (router, document) = routes::router(&state).split_for_parts();
     let document = openapi::finish(document);
+    layered(router.merge(SwaggerUi::new("/docs").external_url_unchecked("/openapi.json", document)), state)
+}
+
+fn layered(router: Router<AppState>, state: AppState) -> Router {
     let router = router
-        .merge(SwaggerUi::new("/docs").external_url_unchecked("/openapi.json", document))
         .fallback(no_route)
         .method_not_allowed_fallback(method_not_allowed)
         // Routes bound their bodies themselves, with a refusal that names the bound.
@@ -46,11 +61,21 @@ pub fn app(state: AppState) -> Router {
         .layer(CatchPanicLayer::custom(panicked));
     let router = match state.config.cors_origins.as_slice() {
         [] => router,
-        origins => router.layer(
-            CorsLayer::new().allow_origin(origins.to_vec()).allow_methods(Any).allow_headers(Any).expose_headers([REQUEST_ID]),
-        ),
+        origins => router.layer(cors(origins)),
     };
     router.layer(middleware::from_fn_with_state(state.clone(), record)).with_state(state)
+}
+
+/// A wildcard would not stand for `Authorization` in a browser's eyes, so what is asked for is named.
+fn cors(origins: &[HeaderValue]) -> CorsLayer {
+    let origins =
+        if origins.iter().any(|origin| origin == "*") { AllowOrigin::any() } else { AllowOrigin::list(origins.to_vec()) };
+    CorsLayer::new()
+        .allow_origin(origins)
+        .allow_methods(AllowMethods::mirror_request())
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers([REQUEST_ID, header::RETRY_AFTER, SHOULD_RETRY, REPLAYED])
+        .max_age(Duration::from_secs(600))
 }
 
 async fn no_route(method: Method, uri: Uri) -> ApiError {
@@ -94,7 +119,7 @@ pub async fn serve(listener: TcpListener, state: AppState) -> io::Result<()> {
     let app = app(state.clone());
     let graceful = GracefulShutdown::new();
     let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(state.config.header_timeout);
+    http.timer(TokioTimer::new()).header_read_timeout(KEEP_ALIVE + state.config.header_timeout);
     loop {
         let stream = tokio::select! {
             () = state.shutdown.cancelled() => break,
@@ -111,7 +136,15 @@ pub async fn serve(listener: TcpListener, state: AppState) -> io::Result<()> {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "TCP_NODELAY could not be set");
         }
-        let service = TowerToHyperService::new(app.clone());
+        let (app, activity) = (app.clone(), Activity::default());
+        let stream = Timed::new(stream, activity.clone(), state.config.header_timeout);
+        let service = service_fn(move |request| {
+            let (app, answering) = (app.clone(), activity.begin());
+            async move {
+                let answer = app.oneshot(request).await?;
+                Ok::<_, Infallible>(answer.map(|body| Answer::new(body, answering)))
+            }
+        });
         let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
         tokio::spawn(async move {
             if let Err(error) = connection.await {
@@ -124,4 +157,63 @@ pub async fn serve(listener: TcpListener, state: AppState) -> io::Result<()> {
         tracing::warn!("requests that were still open at shutdown were dropped");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::{body::Body, routing::get};
+    use http_body_util::BodyExt;
+    use lathe_jobs::artifacts::Artifacts;
+    use sqlx::postgres::PgPoolOptions;
+
+    use super::*;
+    use crate::state::ApiConfig;
+
+    /// With a route that panics. Its database is never asked.
+    async fn answer(config: ApiConfig, request: axum::http::request::Builder) -> Response {
+        async fn panics() -> &'static str {
+            panic!("a secret of the inside")
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let db = PgPoolOptions::new().connect_lazy("postgres://localhost/none").unwrap();
+        let state = AppState::new(db, Artifacts::open(folder.path()).unwrap(), config);
+        let router = Router::new().route("/panics", get(panics));
+        layered(router, state).oneshot(request.body(Body::empty()).unwrap()).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_a_500_with_a_request_id() {
+        let answer = answer(ApiConfig::default(), Request::get("/panics")).await;
+        assert_eq!(answer.status(), 500);
+        assert!(answer.headers()[REQUEST_ID].to_str().unwrap().starts_with("req_"));
+        let body = answer.into_body().collect().await.unwrap().to_bytes();
+        let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!((&body["error"]["type"], &body["error"]["code"]), (&"server_error".into(), &"internal_error".into()));
+        assert!(!body.to_string().contains("secret"), "{body}");
+    }
+
+    #[tokio::test]
+    async fn browsers_may_call_from_the_named_origins_alone() {
+        let preflight = |origin: &str| {
+            Request::options("/panics")
+                .header("origin", origin)
+                .header("access-control-request-method", "POST")
+                .header("access-control-request-headers", "authorization,content-type")
+        };
+        let allowed = |answer: &Response| answer.headers().get("access-control-allow-origin").cloned();
+        let off = answer(ApiConfig::default(), preflight("https://a.example")).await;
+        assert!(off.headers().keys().all(|name| !name.as_str().starts_with("access-control")), "{off:?}");
+        let with = |origins: &[&'static str]| ApiConfig {
+            cors_origins: origins.iter().map(|origin| HeaderValue::from_static(origin)).collect(),
+            ..ApiConfig::default()
+        };
+        let on = answer(with(&["https://a.example"]), preflight("https://a.example")).await;
+        assert_eq!(allowed(&on).unwrap(), "https://a.example");
+        assert!(on.headers()["access-control-allow-headers"].to_str().unwrap().contains("authorization"), "{on:?}");
+        assert_eq!(allowed(&answer(with(&["https://a.example"]), preflight("https://b.example")).await), None);
+        assert_eq!(allowed(&answer(with(&["*"]), preflight("https://b.example")).await).unwrap(), "*");
+        let plain = answer(with(&["https://a.example"]), Request::get("/none").header("origin", "https://a.example")).await;
+        assert_eq!(allowed(&plain).unwrap(), "https://a.example");
+        assert!(plain.headers()["access-control-expose-headers"].to_str().unwrap().contains("x-request-id"));
+    }
 }

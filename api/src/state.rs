@@ -16,6 +16,8 @@ use crate::{auth::KeyCache, event_hub::EventHub, routes::tokenizers::TokenizerCa
 /// The API's limits and switches, each a flag of `lathe api`.
 #[derive(Clone, Debug)]
 pub struct ApiConfig {
+    /// Bytes of a JSON body.
+    pub json_limit: usize,
     /// Bytes of an uploaded file.
     pub file_limit: u64,
     /// Bytes of one part of an upload.
@@ -43,6 +45,7 @@ pub struct ApiConfig {
 impl Default for ApiConfig {
     fn default() -> Self {
         ApiConfig {
+            json_limit: 4 << 20,
             file_limit: 8 << 30,
             part_limit: 64 << 20,
             cors_origins: Vec::new(),
@@ -58,10 +61,23 @@ impl Default for ApiConfig {
     }
 }
 
-/// How the API holds its connections: a request waits for one no longer than a client waits for its
-/// 503.
-pub fn pool_options() -> PgPoolOptions {
-    PgPoolOptions::new().max_connections(16).acquire_timeout(Duration::from_secs(3))
+/// How long one statement may take, locks included; beyond that its request is a 503.
+pub const QUERY_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How the API holds its connections: a request waits for one, and then for an answer, no longer than a
+/// client waits for its 503.
+pub fn pool_options(query_deadline: Duration) -> PgPoolOptions {
+    let milliseconds = query_deadline.as_millis();
+    // Told to the session rather than in the connection's start, which poolers of connections refuse.
+    let deadlines: Arc<str> = format!(
+        "SET statement_timeout = {milliseconds}; SET lock_timeout = {milliseconds}; SET idle_in_transaction_session_timeout = '60s'"
+    )
+    .into();
+    PgPoolOptions::new().max_connections(16).acquire_timeout(Duration::from_secs(3)).after_connect(move |conn, _| {
+        let deadlines = deadlines.clone();
+        // Made of a number alone.
+        Box::pin(async move { sqlx::raw_sql(sqlx::AssertSqlSafe(&*deadlines)).execute(conn).await.map(drop) })
+    })
 }
 
 #[derive(Clone)]

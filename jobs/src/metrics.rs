@@ -11,7 +11,7 @@ use lathe_model::{
     protocol::{Level, MetricRow, Numerics, Phase},
 };
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 
 use crate::{
@@ -78,11 +78,48 @@ pub async fn record(conn: &mut PgConnection, lease: &Lease, batch: &Batch) -> Re
     )
     .execute(&mut *tx)
     .await?;
+    announce(&mut tx, &lease.job_id, &batch.rows).await?;
     for event in &batch.events {
         events::append(&mut tx, &lease.job_id, event.level, &event.code, &event.message, &event.data).await?;
     }
     events::wake(&mut tx, &lease.job_id).await?;
     tx.commit().await?;
+    Ok(())
+}
+
+/// The code of the events that carry metrics.
+pub const METRICS_EVENT: &str = "metrics";
+
+/// How many events with metrics a job has, about, besides those of its evaluations.
+const ANNOUNCEMENTS: i64 = 20;
+
+/// Adds an event for each evaluation and for every twentieth of the steps, once, also where a resumed
+/// attempt repeats steps. For clients that follow events and know no metrics (OpenAI's).
+async fn announce(tx: &mut PgConnection, job_id: &str, rows: &BTreeMap<u64, MetricRow>) -> Result<(), sqlx::Error> {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let steps = sqlx::query_scalar!("SELECT steps FROM jobs WHERE id = $1", job_id).fetch_one(&mut *tx).await?;
+    let every = steps.map_or(1, |steps| (steps / ANNOUNCEMENTS).max(1)).unsigned_abs();
+    let due = rows.values().filter(|row| row.step > 0 && (row.validation_loss.is_some() || row.step % every == 0));
+    for row in due {
+        let known = sqlx::query_scalar!(
+            r#"SELECT EXISTS (SELECT FROM job_events WHERE job_id = $1 AND code = $2 AND data -> 'step' = to_jsonb($3::bigint)) AS "known!""#,
+            job_id,
+            METRICS_EVENT,
+            signed(row.step),
+        )
+        .fetch_one(&mut *tx)
+        .await?;
+        if known {
+            continue;
+        }
+        let total = steps.map_or_else(String::new, |steps| format!("/{steps}"));
+        let validation = row.validation_loss.map_or_else(String::new, |loss| format!(", validation loss={loss:.4}"));
+        let message = format!("Step {}{total}: training loss={:.4}{validation}", row.step, row.loss);
+        let data = json!({"step": row.step, "total_steps": steps, "train_loss": row.loss, "valid_loss": row.validation_loss});
+        events::append(tx, job_id, Level::Info, METRICS_EVENT, &message, &data).await?;
+    }
     Ok(())
 }
 

@@ -214,36 +214,50 @@ pub struct Failure {
     pub retryable: bool,
 }
 
-/// The closed list of reasons for which a job, dataset, tokenizer or model becomes `failed`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FailureCode {
-    BadRows,
-    NoValidRows,
-    InvalidEncoding,
-    UnsupportedFormat,
-    TruncatedFile,
-    DecompressionLimit,
-    LineTooLong,
-    BadTemplate,
-    NotEnoughDistinctRows,
-    InvalidTokenizer,
-    VocabularyTooLarge,
-    ContextTooShort,
-    NoSupervisedTokens,
-    DatasetTooSmall,
-    NonFiniteLoss,
-    Diverged,
-    OutOfMemory,
-    DiskFull,
-    DependencyFailed,
-    /// The job that was to make this was cancelled.
-    Cancelled,
-    CheckpointUnreadable,
-    DeviceUnavailable,
-    WorkerCrashed,
-    AttemptsExhausted,
-    Internal,
+/// An enum with the list of its variants.
+macro_rules! listed_enum {
+    ($(#[$meta:meta])* $name:ident { $($(#[$variant_meta:meta])* $variant:ident,)+ }) => {
+        $(#[$meta])*
+        pub enum $name { $($(#[$variant_meta])* $variant),+ }
+
+        impl $name {
+            pub const ALL: &'static [$name] = &[$($name::$variant),+];
+        }
+    };
+}
+
+listed_enum! {
+    /// The closed list of reasons for which a job, dataset, tokenizer or model becomes `failed`.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    FailureCode {
+        BadRows,
+        NoValidRows,
+        InvalidEncoding,
+        UnsupportedFormat,
+        TruncatedFile,
+        DecompressionLimit,
+        LineTooLong,
+        BadTemplate,
+        NotEnoughDistinctRows,
+        InvalidTokenizer,
+        VocabularyTooLarge,
+        ContextTooShort,
+        NoSupervisedTokens,
+        DatasetTooSmall,
+        NonFiniteLoss,
+        Diverged,
+        OutOfMemory,
+        DiskFull,
+        DependencyFailed,
+        /// The job that was to make this was cancelled.
+        Cancelled,
+        CheckpointUnreadable,
+        DeviceUnavailable,
+        WorkerCrashed,
+        AttemptsExhausted,
+        Internal,
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

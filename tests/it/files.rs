@@ -35,7 +35,7 @@ async fn a_file_comes_back_as_it_was(db: PgPool) {
 async fn refused_forms_leave_nothing(db: PgPool) {
     let api = Api::start_with(db, ApiConfig { file_limit: 1000, ..ApiConfig::default() }).await;
     let part = |bytes: usize| Part::bytes(vec![b'x'; bytes]).file_name("x.txt");
-    let cases: [(&str, Form, u16, Option<&str>); 9] = [
+    let cases: [(&str, Form, u16, Option<&str>); 11] = [
         ("no file", Form::new().text("purpose", "fine-tune"), 400, Some("file")),
         ("no purpose", Form::new().part("file", part(3)), 400, Some("purpose")),
         ("two files", form("x.txt", b"x").part("file", part(3)), 400, Some("file")),
@@ -48,7 +48,14 @@ async fn refused_forms_leave_nothing(db: PgPool) {
             400,
             Some("expires_after.seconds"),
         ),
+        (
+            "an early expiry as JSON",
+            form("x.txt", b"x").text("expires_after", r#"{"anchor": "created_at", "seconds": 5}"#),
+            400,
+            Some("expires_after.seconds"),
+        ),
         ("metadata of numbers", form("x.txt", b"x").text("metadata", r#"{"a": 1}"#), 400, Some("metadata.a")),
+        ("metadata with U+0000", form("x.txt", b"x").text("metadata", r#"{"a": "\u0000"}"#), 422, Some("metadata.a")),
         ("a large file", Form::new().text("purpose", "batch").part("file", part(1001)), 413, Some("file")),
     ];
     for (case, form, status, param) in cases {

@@ -52,6 +52,7 @@ pub struct CreateChatCompletion {
     pub top_k: Option<i64>,
     /// Same seed, same prompt, same answer.
     #[serde(default)]
+    #[schema(minimum = -9223372036854775808i64, maximum = 9223372036854775807i64)]
     pub seed: Option<i64>,
     #[serde(default)]
     #[schema(minimum = 1, maximum = 16)]
@@ -119,6 +120,9 @@ impl MessageContent {
 }
 
 #[derive(Serialize, ToSchema)]
+#[schema(example = json!({"id": "chatcmpl-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "chat.completion", "created": 1767225600, "model": "model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "3762", "refusal": null}, "logprobs": null, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 14, "completion_tokens": 3, "total_tokens": 17}}))]
 pub struct ChatCompletion {
     pub id: String,
     #[schema(example = "chat.completion")]

@@ -11,6 +11,7 @@ use super::generation_common::{
     Envelope, SamplingFields, Shape, StopStrings, StreamOptions, Streamed, Usage, answer, check_stream_options, finish_name,
     stop_strings,
 };
+use super::tokenizers::TokenId;
 use crate::{
     auth::Project,
     generation::{self, Ended, Piece, Prompt, Settings, Step, models::Model, text::Spoken},
@@ -44,6 +45,7 @@ pub struct CreateCompletion {
     #[schema(minimum = 0, maximum = 1048576)]
     pub top_k: Option<i64>,
     #[serde(default)]
+    #[schema(minimum = -9223372036854775808i64, maximum = 9223372036854775807i64)]
     pub seed: Option<i64>,
     #[serde(default)]
     #[schema(minimum = 1, maximum = 16)]
@@ -79,13 +81,22 @@ pub struct PromptTexts(Vec<String>);
 
 #[derive(Debug, Deserialize, ToSchema)]
 #[schema(min_items = 1)]
-pub struct PromptIds(Vec<u32>);
+pub struct PromptIds(Vec<TokenId>);
+
+impl PromptIds {
+    fn plain(self) -> Vec<u32> {
+        self.0.into_iter().map(|id| id.0).collect()
+    }
+}
 
 #[derive(Debug, Deserialize, ToSchema)]
 #[schema(min_items = 1, max_items = 128)]
 pub struct PromptIdLists(Vec<PromptIds>);
 
 #[derive(Serialize, ToSchema)]
+#[schema(example = json!({"id": "cmpl-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "text_completion", "created": 1767225600, "model": "model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N",
+    "choices": [{"index": 0, "text": " Good morrow.", "logprobs": null, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}}))]
 pub struct Completion {
     pub id: String,
     #[schema(example = "text_completion")]
@@ -174,8 +185,8 @@ fn settings(request: &mut CreateCompletion) -> Result<Settings, ApiError> {
 
 async fn prompts(model: &Arc<Model>, prompt: PromptField, score: bool) -> Result<Vec<Prompt>, ApiError> {
     let (lists, several) = match prompt {
-        PromptField::Ids(ids) => (vec![ids.0], false),
-        PromptField::IdLists(lists) => (lists.0.into_iter().map(|ids| ids.0).collect(), true),
+        PromptField::Ids(ids) => (vec![ids.plain()], false),
+        PromptField::IdLists(lists) => (lists.0.into_iter().map(PromptIds::plain).collect(), true),
         PromptField::Text(text) => (encode(model, vec![text]).await?, false),
         PromptField::Texts(texts) => (encode(model, texts.0).await?, true),
     };

@@ -23,10 +23,9 @@ use crate::{
     auth::Project,
     metadata::Metadata,
     multipart::{self, Expected},
-    page::{List, Order, Page},
+    page::{List, Order, Page, fetch_page},
     parse::{self, Path, Query},
     problem::ApiError,
-    schema,
     state::AppState,
 };
 
@@ -69,7 +68,8 @@ pub enum Anchor {
     CreatedAt,
 }
 
-/// When the file deletes itself. In a form: `expires_after[anchor]` and `expires_after[seconds]`.
+/// When the file deletes itself. In a form: `expires_after[anchor]` and `expires_after[seconds]`, or as JSON
+/// text.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"anchor": "created_at", "seconds": 86400}))]
@@ -93,10 +93,11 @@ struct FileFields {
 }
 
 /// The form of an upload.
-#[derive(ToSchema)]
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 #[allow(dead_code, reason = "describes the form, which is read as a stream")]
 pub struct CreateFile {
-    #[schema(value_type = String, format = Binary, content_media_type = "application/octet-stream")]
+    #[schema(value_type = String, format = Binary, content_media_type = "application/octet-stream", min_length = 1)]
     file: Vec<u8>,
     purpose: Purpose,
     expires_after: Option<ExpiresAfter>,
@@ -105,6 +106,9 @@ pub struct CreateFile {
 }
 
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"id": "file-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "file", "bytes": 120000, "created_at": 1767225600, "expires_at": null,
+    "filename": "rows.jsonl", "purpose": "fine-tune", "status": "processed", "status_details": null,
+    "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08", "metadata": {}}))]
 pub struct FileObject {
     #[schema(examples("file-01J8Z0M5V4Q1X7Y2K3N6R9T0WB"))]
     pub id: String,
@@ -215,12 +219,12 @@ async fn create_file(State(state): State<AppState>, caller: Project, request: Re
     let id = ids::new_dashed("file");
     let expected = Expected {
         file_field: "file",
-        texts: &["purpose", "expires_after[anchor]", "expires_after[seconds]", "metadata"],
+        texts: &["purpose", "expires_after", "expires_after[anchor]", "expires_after[seconds]", "metadata"],
         key: &artifact_key(&id),
         limit: state.config.file_limit,
     };
     let received = multipart::receive(&state, request, expected).await?;
-    let fields: FileFields = schema::read(form_value(received.texts)?)?;
+    let fields: FileFields = parse::typed(form_value(received.texts)?)?;
     let written = received.upload.finish().await?;
     let file = NewFile {
         id: &id,
@@ -252,13 +256,14 @@ async fn register(db: &PgPool, file: NewFile<'_>, retried: bool) -> Result<FileR
         let earlier = sqlx::query_as!(
             FileRow,
             "SELECT id, bytes, created_at, expires_at, filename, purpose, sha256, metadata FROM files
-             WHERE project_id = $1 AND filename = $2 AND purpose = $3 AND sha256 = $4
+             WHERE project_id = $1 AND filename = $2 AND purpose = $3 AND sha256 = $4 AND metadata = $5
                AND deleted_at IS NULL AND created_at > now() - interval '10 minutes'
              ORDER BY created_at DESC LIMIT 1",
             file.project_id,
             file.filename,
             file.purpose,
             file.written.sha256,
+            file.metadata.to_row(),
         )
         .fetch_optional(&mut *conn)
         .await?;
@@ -285,9 +290,9 @@ fn form_value(texts: std::collections::BTreeMap<String, String>) -> Result<Value
             "expires_after[seconds]" => {
                 drop(expiry.insert("seconds".to_owned(), text.parse::<i64>().map_or_else(|_| text.into(), Value::from)))
             }
-            "metadata" => {
-                let metadata = parse::json(text.as_bytes()).map_err(|error| error.with_param("metadata"))?;
-                object.insert(name, metadata);
+            "metadata" | "expires_after" => {
+                let value = parse::json(text.as_bytes()).map_err(|error| error.with_param(&name))?;
+                object.insert(name, value);
             }
             _ => drop(object.insert(name, text.into())),
         }
@@ -327,22 +332,16 @@ async fn list_files(
                 .await?;
         page = page.after(id, created_at)?;
     }
-    let rows = sqlx::query_as!(
+    let rows = fetch_page!(
         FileRow,
+        &state.db,
+        &page,
         "SELECT id, bytes, created_at, expires_at, filename, purpose, sha256, metadata FROM files
-         WHERE project_id = $1 AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > now())
-           AND ($6::text IS NULL OR purpose = $6)
-           AND ($2::timestamptz IS NULL OR CASE WHEN $4 THEN (created_at, id) > ($2, $3) ELSE (created_at, id) < ($2, $3) END)
-         ORDER BY CASE WHEN $4 THEN created_at END, CASE WHEN $4 THEN id END, created_at DESC, id DESC LIMIT $5",
+         WHERE project_id = $4 AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+           AND ($5::text IS NULL OR purpose = $5)",
         caller.project_id,
-        page.after,
-        page.after_id,
-        page.ascending,
-        page.fetch(),
         query.purpose.map(Purpose::as_str),
-    )
-    .fetch_all(&state.db)
-    .await?;
+    )?;
     Ok(Json(List::of(rows.into_iter().map(FileObject::from).collect(), &page, |file| &file.id)))
 }
 
@@ -366,6 +365,7 @@ async fn get_file(State(state): State<AppState>, caller: Project, Path(id): Path
 }
 
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"id": "file-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "file", "deleted": true}))]
 pub struct DeletedFile {
     id: String,
     #[schema(examples("file"))]

@@ -22,7 +22,7 @@ use super::training::{self, JobRow, control::Action, create, select_jobs};
 use crate::{
     auth::Project,
     metadata::Metadata,
-    page::{List, Page},
+    page::{List, Page, fetch_page},
     parse::{Body, Path, Query},
     problem::ApiError,
     routes::datasets::NewDataset,
@@ -50,7 +50,7 @@ pub fn router() -> OpenApiRouter<AppState> {
         (status = 200, description = "The job", body = FineTuningJobObject),
         (status = 404, description = "The model or a file is unknown; `param` says which"),
         (status = 409, description = "The model has failed"),
-        (status = 422, description = "FineTuningHyperparameters are given twice"),
+        (status = 422, description = "`hyperparameters` are given twice and differ"),
     )
 )]
 async fn create_fine_tuning_job(
@@ -132,8 +132,6 @@ async fn find(conn: &mut PgConnection, project_id: &str, id: &str) -> Result<Job
 }
 
 /// List fine-tuning jobs
-///
-/// Newest first.
 #[utoipa::path(
     get, path = "/v1/fine_tuning/jobs", operation_id = "list_fine_tuning_jobs", tag = "fine-tuning", params(ListFineTuningJobs),
     responses((status = 200, description = "A page", body = List<FineTuningJobObject>))
@@ -143,20 +141,19 @@ async fn list_fine_tuning_jobs(
     project: Project,
     Query(query): Query<ListFineTuningJobs>,
 ) -> Result<Json<List<FineTuningJobObject>>, ApiError> {
-    let mut page = Page::first(query.limit.unwrap_or(20), None);
+    let mut page = Page::first(query.limit.unwrap_or(20), query.order);
     if let Some(id) = query.after {
         page = training::page_after(&state, &project, page, id).await?;
     }
-    let rows = select_jobs!(
-        "AND j.project_id = $1 AND j.base_model_id IS NOT NULL
-         AND ($2::timestamptz IS NULL OR (j.created_at, j.id) < ($2, $3)) ORDER BY j.created_at DESC, j.id DESC LIMIT $4",
+    let rows = fetch_page!(
+        @ [select_jobs] []
+        &state.db,
+        &page,
+        "AND j.project_id = $4 AND j.base_model_id IS NOT NULL AND ($5::text IS NULL OR j.state = $5) AND ($6::text IS NULL OR j.name = $6)",
         project.project_id,
-        page.after,
-        page.after_id,
-        page.fetch(),
-    )
-    .fetch_all(&state.db)
-    .await?;
+        query.state.map(|state| state.state().as_str()),
+        query.name,
+    )?;
     let jobs = rows.into_iter().map(|row| FineTuningJobObject::new(row, &project.project_id));
     Ok(Json(List::of(jobs.collect(), &page, |job| &job.id)))
 }
@@ -239,7 +236,7 @@ async fn list_fine_tuning_events(
     let mut conn = state.db.acquire().await?;
     find(&mut conn, &project.project_id, &id).await?;
     let before = match &query.after {
-        Some(after) => shapes::event_number(after)
+        Some(after) => shapes::event_number(&id, after)
             .ok_or_else(|| ApiError::bad_request("after", format!("There is no event `{after}` to go on after.")))?,
         None => i64::MAX,
     };
@@ -279,17 +276,13 @@ async fn list_fine_tuning_checkpoints(
             .await?;
         page = page.after(after, created_at)?;
     }
-    let rows = sqlx::query_as!(
+    let rows = fetch_page!(
         shapes::CheckpointRow,
-        "SELECT id, step, loss, validation_loss, created_at FROM checkpoints
-         WHERE job_id = $1 AND ($2::timestamptz IS NULL OR (created_at, id) < ($2, $3)) ORDER BY created_at DESC, id DESC LIMIT $4",
+        &mut *conn,
+        &page,
+        "SELECT id, step, loss, validation_loss, created_at FROM checkpoints WHERE job_id = $4",
         id,
-        page.after,
-        page.after_id,
-        page.fetch(),
-    )
-    .fetch_all(&mut *conn)
-    .await?;
+    )?;
     let model = job.model_id.unwrap_or_default();
     Ok(Json(List::of(
         rows.into_iter().map(|row| FineTuningCheckpointObject::new(&id, &model, row)).collect(),

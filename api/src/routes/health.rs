@@ -12,6 +12,7 @@ pub fn router() -> OpenApiRouter<AppState> {
 }
 
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"status": "ok", "version": "0.1.0"}))]
 pub struct Health {
     #[schema(examples("ok"))]
     status: &'static str,
@@ -25,6 +26,7 @@ async fn get_health() -> Json<Health> {
 }
 
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"ready": true, "checks": [{"name": "database", "ok": true, "detail": "reachable"}]}))]
 pub struct Readiness {
     ready: bool,
     checks: Vec<Check>,
@@ -109,7 +111,7 @@ async fn check_runners(state: &AppState) -> Check {
 }
 
 /// Bytes free to this process on the artifacts' file system.
-pub(super) async fn free_bytes(state: &AppState) -> std::io::Result<u64> {
+pub(crate) async fn free_bytes(state: &AppState) -> std::io::Result<u64> {
     let root = state.artifacts.root().to_owned();
     let found = tokio::task::spawn_blocking(move || nix::sys::statvfs::statvfs(&root)).await.map_err(std::io::Error::other)??;
     // Both are u64 on Linux and narrower elsewhere.

@@ -1,14 +1,23 @@
 //! `/v1/models`: the registry, in OpenAI's shape with Lathe's lineage beside it.
 
-use axum::{Json, extract::State};
-use lathe_jobs::checkpoints;
-use serde::Serialize;
+use axum::{Json, extract::State, http::StatusCode};
+use lathe_jobs::{checkpoints, state::ResourceState};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::PgPool;
-use utoipa::ToSchema;
+use time::OffsetDateTime;
+use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use crate::{auth::Project, parse::Path, problem::ApiError, state::AppState};
+use crate::{
+    auth::Project,
+    metadata::Metadata,
+    page::{List, Order, Page, fetch_page},
+    parse::{Path, Query},
+    problem::ApiError,
+    resource::{self, FailureDetail, StateName},
+    state::AppState,
+};
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(list_models)).routes(routes!(get_model, delete_model))
@@ -16,6 +25,11 @@ pub fn router() -> OpenApiRouter<AppState> {
 
 /// A model and where it came from.
 #[derive(Serialize, ToSchema)]
+#[schema(example = json!({"id": "model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "model", "created": 1767225600, "owned_by": "proj_default", "name": "small",
+    "state": "ready", "error": null, "parameters": 926720, "weights_sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    "template": null, "config": {"architecture": "gpt", "layers": 4, "heads": 4, "width": 128, "context": 64, "vocabulary": 1024},
+    "lineage": {"job": "ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "base_model": null, "dataset": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "tokenizer": "tok_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "code_version": "0.1.0",
+        "hyperparameters": {"steps": 2000, "batch_size": 12, "seed": 1}}, "metadata": {}}))]
 pub struct ModelObject {
     pub id: String,
     #[schema(example = "model")]
@@ -24,10 +38,8 @@ pub struct ModelObject {
     /// The project's id.
     pub owned_by: String,
     pub name: String,
-    /// `queued`, `running`, `ready` or `failed`.
-    pub state: String,
-    /// Why it failed, in a sentence with what to do.
-    pub error: Option<Value>,
+    pub state: StateName,
+    pub error: Option<FailureDetail>,
     /// Count of the trained numbers, padding and shared tables counted once.
     pub parameters: Option<i64>,
     /// Over the tensors in the order of their names.
@@ -35,9 +47,10 @@ pub struct ModelObject {
     /// The chat template that it was trained with.
     pub template: Option<String>,
     /// The resolved shape.
+    #[schema(value_type = Object)]
     pub config: Value,
     pub lineage: Lineage,
-    pub metadata: Value,
+    pub metadata: Metadata,
 }
 
 /// What made the model. Ids stay when what they name is deleted.
@@ -53,14 +66,7 @@ pub struct Lineage {
 }
 
 #[derive(Serialize, ToSchema)]
-pub struct ModelList {
-    #[schema(example = "list")]
-    pub object: &'static str,
-    pub data: Vec<ModelObject>,
-    pub has_more: bool,
-}
-
-#[derive(Serialize, ToSchema)]
+#[schema(example = json!({"id": "model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "model", "deleted": true}))]
 pub struct ModelDeleted {
     pub id: String,
     #[schema(example = "model")]
@@ -72,7 +78,7 @@ struct Row {
     id: String,
     project_id: String,
     name: String,
-    state: String,
+    state: ResourceState,
     error: Option<Value>,
     parameters: Option<i64>,
     weights_sha256: Option<String>,
@@ -85,7 +91,7 @@ struct Row {
     code_version: String,
     hyperparameters: Option<Value>,
     metadata: Value,
-    created: i64,
+    created_at: OffsetDateTime,
 }
 
 impl From<Row> for ModelObject {
@@ -93,11 +99,11 @@ impl From<Row> for ModelObject {
         ModelObject {
             id: row.id,
             object: "model",
-            created: row.created,
+            created: resource::seconds(row.created_at),
             owned_by: row.project_id,
             name: row.name,
-            state: row.state,
-            error: row.error,
+            state: row.state.into(),
+            error: FailureDetail::from_column(row.error),
             parameters: row.parameters,
             weights_sha256: row.weights_sha256,
             template: row.template,
@@ -110,36 +116,79 @@ impl From<Row> for ModelObject {
                 code_version: row.code_version,
                 hyperparameters: row.hyperparameters,
             },
-            metadata: row.metadata,
+            metadata: Metadata::from_row(row.metadata),
         }
     }
 }
 
-/// The project's models, newest first, or the one of that id.
-async fn rows(db: &PgPool, project_id: &str, id: Option<&str>) -> Result<Vec<Row>, ApiError> {
-    let rows = sqlx::query_as!(
+async fn find(db: &PgPool, project_id: &str, id: &str) -> Result<Row, ApiError> {
+    sqlx::query_as!(
         Row,
-        r#"SELECT m.id, m.project_id, m.name, m.state, m.error, m.parameters, m.weights_sha256, m.template, m.config, m.job_id,
-                  m.base_model_id, m.dataset_id, m.tokenizer_id, m.code_version, j.spec -> 'train' AS hyperparameters, m.metadata,
-                  extract(epoch FROM m.created_at)::bigint AS "created!"
-           FROM models m JOIN jobs j ON j.id = m.job_id
-           WHERE m.project_id = $1 AND ($2::text IS NULL OR m.id = $2) AND m.deleted_at IS NULL
-           ORDER BY m.created_at DESC, m.id DESC"#,
+        r#"SELECT m.id, m.project_id, m.name, m.state AS "state: ResourceState", m.error, m.parameters, m.weights_sha256, m.template, m.config,
+                  m.job_id, m.base_model_id, m.dataset_id, m.tokenizer_id, m.code_version, j.spec -> 'train' AS hyperparameters, m.metadata,
+                  m.created_at
+           FROM models m JOIN jobs j ON j.id = m.job_id WHERE m.id = $1 AND m.project_id = $2 AND m.deleted_at IS NULL"#,
+        id,
         project_id,
-        id
     )
-    .fetch_all(db)
-    .await?;
-    Ok(rows)
+    .fetch_optional(db)
+    .await?
+    .ok_or_else(|| no_model(id))
 }
 
-/// List the models
+fn no_model(id: &str) -> ApiError {
+    ApiError::not_found("model", id).with_code("model_not_found")
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ListModels {
+    /// Id of the last item of the page before.
+    after: Option<String>,
+    /// All of them, for all that OpenAI's SDKs can see: they do not page through models.
+    #[param(minimum = 1, maximum = 10000, default = 10000)]
+    limit: Option<i64>,
+    #[param(inline)]
+    order: Option<Order>,
+    /// Only those in this state.
+    #[param(inline)]
+    state: Option<StateName>,
+    /// Only those of this name.
+    name: Option<String>,
+}
+
+/// List models
 ///
-/// Every model of the project, newest first, unready ones included (see `state`).
-#[utoipa::path(get, path = "/v1/models", operation_id = "list_models", tag = "models", responses((status = 200, body = ModelList)))]
-async fn list_models(State(state): State<AppState>, project: Project) -> Result<Json<ModelList>, ApiError> {
-    let rows = rows(&state.db, &project.project_id, None).await?;
-    Ok(Json(ModelList { object: "list", data: rows.into_iter().map(Into::into).collect(), has_more: false }))
+/// Every model of the project, unready ones included (see `state`).
+#[utoipa::path(get, path = "/v1/models", operation_id = "list_models", tag = "models", params(ListModels), responses((status = 200, description = "A page", body = List<ModelObject>)))]
+async fn list_models(
+    State(state): State<AppState>,
+    project: Project,
+    Query(query): Query<ListModels>,
+) -> Result<Json<List<ModelObject>>, ApiError> {
+    let mut page = Page::first(query.limit.unwrap_or(10_000), query.order);
+    if let Some(id) = query.after {
+        let created_at =
+            sqlx::query_scalar!("SELECT created_at FROM models WHERE id = $1 AND project_id = $2", id, project.project_id)
+                .fetch_optional(&state.db)
+                .await?;
+        page = page.after(id, created_at)?;
+    }
+    let rows = fetch_page!(
+        Row,
+        &state.db,
+        &page,
+        r#"SELECT id, project_id, name, state AS "state: ResourceState", error, parameters, weights_sha256, template, config,
+                  job_id, base_model_id, dataset_id, tokenizer_id, code_version,
+                  (SELECT j.spec -> 'train' FROM jobs j WHERE j.id = models.job_id) AS hyperparameters, metadata, created_at
+           FROM models
+           WHERE project_id = $4 AND deleted_at IS NULL AND ($5::text IS NULL OR state = $5) AND ($6::text IS NULL OR name = $6)"#,
+        project.project_id,
+        query.state.map(StateName::as_str),
+        query.name,
+    )?;
+    Ok(Json(List::of(rows.into_iter().map(ModelObject::from).collect(), &page, |model| &model.id)))
 }
 
 /// Get a model
@@ -159,13 +208,16 @@ async fn get_model(
     let checkpoint = checkpoints::find_named(&mut conn, &id).await?;
     drop(conn);
     let model = checkpoint.as_ref().map_or(&id, |checkpoint| &checkpoint.model_id);
-    let row = rows(&state.db, &project.project_id, Some(model)).await?.pop();
-    let mut found: ModelObject = row.ok_or_else(|| ApiError::not_found("model", &id).with_code("model_not_found"))?.into();
+    let row = find(&state.db, &project.project_id, model).await.map_err(|error| match error.status {
+        StatusCode::NOT_FOUND => no_model(&id),
+        _ => error,
+    });
+    let mut found: ModelObject = row?.into();
     if let Some(checkpoint) = checkpoint {
         found = ModelObject {
             id,
             created: checkpoint.created_at.unix_timestamp(),
-            state: "ready".into(),
+            state: StateName::Ready,
             error: None,
             weights_sha256: None,
             ..found
@@ -199,7 +251,7 @@ async fn delete_model(
     )
     .fetch_optional(&mut *transaction)
     .await?
-    .ok_or_else(|| ApiError::not_found("model", &id).with_code("model_not_found"))?;
+    .ok_or_else(|| no_model(&id))?;
     let users = sqlx::query_scalar!(
         "SELECT id FROM jobs WHERE (model_id = $1 OR base_model_id = $1 OR starts_with(base_model_id, $1 || ':ckpt-step-'))
            AND finished_at IS NULL ORDER BY created_at LIMIT 5",
@@ -224,12 +276,6 @@ async fn delete_model(
         sqlx::query!("SELECT pg_notify('lathe_replicas', $1)", replica).execute(&mut *transaction).await?;
     }
     transaction.commit().await?;
-    if let Some(artifact) = row.artifact {
-        let artifacts = state.artifacts.clone();
-        tokio::task::spawn_blocking(move || artifacts.remove(&artifact))
-            .await
-            .map_err(ApiError::internal)?
-            .map_err(ApiError::internal)?;
-    }
+    resource::remove_artifacts(&state, row.artifact.into_iter().collect()).await;
     Ok(Json(ModelDeleted { id, object: "model", deleted: true }))
 }

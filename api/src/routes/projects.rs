@@ -3,6 +3,7 @@
 use axum::{Json, extract::State, http::StatusCode};
 use lathe_jobs::ids;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sqlx::PgPool;
 use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
@@ -11,7 +12,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::{
     auth::{self, Admin, Scope},
     metadata::Metadata,
-    page::{List, Order, Page},
+    page::{List, Order, Page, fetch_page},
     parse::{Body, OptionalBody, Path, Query},
     problem::ApiError,
     state::AppState,
@@ -34,6 +35,7 @@ pub struct CreateProject {
 }
 
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"id": "proj_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "project", "name": "research", "metadata": {"team": "nlp"}, "created_at": 1767225600}))]
 pub struct ProjectObject {
     #[schema(examples("proj_01J8Z0M5V4Q1X7Y2K3N6R9T0WB"))]
     id: String,
@@ -43,6 +45,25 @@ pub struct ProjectObject {
     metadata: Metadata,
     /// Unix seconds.
     created_at: i64,
+}
+
+struct ProjectRow {
+    id: String,
+    name: String,
+    metadata: Value,
+    created_at: OffsetDateTime,
+}
+
+impl From<ProjectRow> for ProjectObject {
+    fn from(row: ProjectRow) -> ProjectObject {
+        ProjectObject {
+            id: row.id,
+            object: "project",
+            name: row.name,
+            metadata: Metadata::from_row(row.metadata),
+            created_at: row.created_at.unix_timestamp(),
+        }
+    }
 }
 
 /// Create a project
@@ -55,16 +76,16 @@ async fn create_project(
     _: Admin,
     Body(request): Body<CreateProject>,
 ) -> Result<Json<ProjectObject>, ApiError> {
-    let (id, metadata) = (ids::new("proj"), request.metadata.unwrap_or_default());
-    let created_at = sqlx::query_scalar!(
-        "INSERT INTO projects (id, name, metadata) VALUES ($1, $2, $3) RETURNING created_at",
-        id,
+    let row = sqlx::query_as!(
+        ProjectRow,
+        "INSERT INTO projects (id, name, metadata) VALUES ($1, $2, $3) RETURNING id, name, metadata, created_at",
+        ids::new("proj"),
         request.name,
-        metadata.to_row(),
+        request.metadata.unwrap_or_default().to_row(),
     )
     .fetch_one(&state.db)
     .await?;
-    Ok(Json(ProjectObject { id, object: "project", name: request.name, metadata, created_at: created_at.unix_timestamp() }))
+    Ok(Json(row.into()))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]
@@ -94,26 +115,14 @@ async fn list_projects(
             sqlx::query_scalar!("SELECT created_at FROM projects WHERE id = $1", id).fetch_optional(&state.db).await?;
         page = page.after(id, created_at)?;
     }
-    let rows = sqlx::query!(
-        "SELECT id, name, metadata, created_at FROM projects
-         WHERE ($1::text IS NULL OR name = $1)
-           AND ($2::timestamptz IS NULL OR CASE WHEN $4 THEN (created_at, id) > ($2, $3) ELSE (created_at, id) < ($2, $3) END)
-         ORDER BY CASE WHEN $4 THEN created_at END, CASE WHEN $4 THEN id END, created_at DESC, id DESC LIMIT $5",
+    let rows = fetch_page!(
+        ProjectRow,
+        &state.db,
+        &page,
+        "SELECT id, name, metadata, created_at FROM projects WHERE ($4::text IS NULL OR name = $4)",
         query.name,
-        page.after,
-        page.after_id,
-        page.ascending,
-        page.fetch(),
-    )
-    .fetch_all(&state.db)
-    .await?;
-    let projects = rows.into_iter().map(|row| ProjectObject {
-        id: row.id,
-        object: "project",
-        name: row.name,
-        metadata: Metadata::from_row(row.metadata),
-        created_at: row.created_at.unix_timestamp(),
-    });
+    )?;
+    let projects = rows.into_iter().map(ProjectObject::from);
     Ok(Json(List::of(projects.collect(), &page, |project| &project.id)))
 }
 
@@ -125,10 +134,12 @@ pub struct CreateKey {
     name: Option<String>,
     /// `project` if absent.
     scope: Option<Scope>,
+    metadata: Option<Metadata>,
 }
 
 /// A key without its secret.
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"id": "key_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "project.key", "name": "ci", "scope": "project", "hint": "x7Qa", "created_at": 1767225600, "revoked_at": null, "metadata": {}}))]
 pub struct KeyObject {
     #[schema(examples("key_01J8Z0M5V4Q1X7Y2K3N6R9T0WB"))]
     id: String,
@@ -142,9 +153,36 @@ pub struct KeyObject {
     /// Unix seconds.
     created_at: i64,
     revoked_at: Option<i64>,
+    metadata: Metadata,
     /// The secret, in the answer that makes the key and never again.
     #[serde(skip_serializing_if = "Option::is_none")]
     key: Option<String>,
+}
+
+struct KeyRow {
+    id: String,
+    name: Option<String>,
+    scope: String,
+    hint: String,
+    metadata: Value,
+    created_at: OffsetDateTime,
+    revoked_at: Option<OffsetDateTime>,
+}
+
+impl From<KeyRow> for KeyObject {
+    fn from(row: KeyRow) -> KeyObject {
+        KeyObject {
+            id: row.id,
+            object: "project.key",
+            name: row.name,
+            scope: row.scope,
+            hint: row.hint,
+            created_at: row.created_at.unix_timestamp(),
+            revoked_at: row.revoked_at.map(OffsetDateTime::unix_timestamp),
+            metadata: Metadata::from_row(row.metadata),
+            key: None,
+        }
+    }
 }
 
 /// Create a key
@@ -165,17 +203,15 @@ async fn create_key(
     let scope = request.scope.unwrap_or(Scope::Project);
     let mut conn = state.db.acquire().await?;
     let made = auth::create_key(&mut conn, &project, request.name.as_deref(), scope).await?;
-    let row = sqlx::query!("SELECT hint, created_at FROM api_keys WHERE id = $1", made.id).fetch_one(&mut *conn).await?;
-    Ok(Json(KeyObject {
-        id: made.id,
-        object: "project.key",
-        name: request.name,
-        scope: scope.as_str().to_owned(),
-        hint: row.hint,
-        created_at: row.created_at.unix_timestamp(),
-        revoked_at: None,
-        key: Some(made.secret),
-    }))
+    let row = sqlx::query_as!(
+        KeyRow,
+        "UPDATE api_keys SET metadata = $2 WHERE id = $1 RETURNING id, name, scope, hint, metadata, created_at, revoked_at",
+        made.id,
+        request.metadata.unwrap_or_default().to_row(),
+    )
+    .fetch_one(&mut *conn)
+    .await?;
+    Ok(Json(KeyObject { key: Some(made.secret), ..row.into() }))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]
@@ -188,6 +224,27 @@ pub struct ListKeys {
     limit: Option<i64>,
     #[param(inline)]
     order: Option<Order>,
+    /// Only those in this state.
+    #[param(inline)]
+    state: Option<KeyState>,
+    /// Only those of this name.
+    name: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum KeyState {
+    Active,
+    Revoked,
+}
+
+impl KeyState {
+    fn as_str(self) -> &'static str {
+        match self {
+            KeyState::Active => "active",
+            KeyState::Revoked => "revoked",
+        }
+    }
 }
 
 /// List keys, revoked ones too
@@ -210,33 +267,22 @@ async fn list_keys(
             .await?;
         page = page.after(id, created_at)?;
     }
-    let rows = sqlx::query!(
-        "SELECT id, name, scope, hint, created_at, revoked_at FROM api_keys
-         WHERE project_id = $1
-           AND ($2::timestamptz IS NULL OR CASE WHEN $4 THEN (created_at, id) > ($2, $3) ELSE (created_at, id) < ($2, $3) END)
-         ORDER BY CASE WHEN $4 THEN created_at END, CASE WHEN $4 THEN id END, created_at DESC, id DESC LIMIT $5",
+    let rows = fetch_page!(
+        KeyRow,
+        &state.db,
+        &page,
+        "SELECT id, name, scope, hint, metadata, created_at, revoked_at FROM api_keys
+         WHERE project_id = $4 AND ($5::text IS NULL OR name = $5) AND ($6::text IS NULL OR ($6 = 'revoked') = (revoked_at IS NOT NULL))",
         project,
-        page.after,
-        page.after_id,
-        page.ascending,
-        page.fetch(),
-    )
-    .fetch_all(&state.db)
-    .await?;
-    let keys = rows.into_iter().map(|row| KeyObject {
-        id: row.id,
-        object: "project.key",
-        name: row.name,
-        scope: row.scope,
-        hint: row.hint,
-        created_at: row.created_at.unix_timestamp(),
-        revoked_at: row.revoked_at.map(OffsetDateTime::unix_timestamp),
-        key: None,
-    });
+        query.name,
+        query.state.map(KeyState::as_str),
+    )?;
+    let keys = rows.into_iter().map(KeyObject::from);
     Ok(Json(List::of(keys.collect(), &page, |key| &key.id)))
 }
 
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"id": "key_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "project.key.deleted", "deleted": true}))]
 pub struct DeletedKey {
     id: String,
     #[schema(examples("project.key.deleted"))]

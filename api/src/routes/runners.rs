@@ -3,12 +3,13 @@
 use axum::{Json, extract::State};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     auth::Admin,
-    page::{List, Order, Page},
+    page::{List, Order, Page, fetch_page},
     parse::Query,
     problem::ApiError,
     state::AppState,
@@ -37,6 +38,8 @@ impl RunnerState {
 }
 
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"id": "runner_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "runner", "name": "node-1", "host": "node-1", "pid": 4711, "version": "0.1.0", "state": "live",
+    "devices": [{"kind": "cpu"}], "light_slots": 1, "device_slots": 1, "jobs": ["ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N"], "started_at": 1767225600, "expires_at": 1767225610, "stopped_at": null}))]
 pub struct RunnerObject {
     #[schema(examples("runner_01J8Z0M5V4Q1X7Y2K3N6R9T0WB"))]
     id: String,
@@ -71,8 +74,27 @@ pub struct ListRunners {
     limit: Option<i64>,
     #[param(inline)]
     order: Option<Order>,
+    /// Only those in this state.
     #[param(inline)]
     state: Option<RunnerState>,
+    /// Only those of this name.
+    name: Option<String>,
+}
+
+struct RunnerRow {
+    id: String,
+    name: String,
+    host: String,
+    pid: i32,
+    version: String,
+    state: String,
+    devices: Value,
+    light_slots: i32,
+    device_slots: i32,
+    started_at: OffsetDateTime,
+    expires_at: OffsetDateTime,
+    stopped_at: Option<OffsetDateTime>,
+    jobs: Vec<String>,
 }
 
 /// List runners, stopped ones too
@@ -88,21 +110,18 @@ async fn list_runners(
             sqlx::query_scalar!("SELECT started_at FROM runners WHERE id = $1", id).fetch_optional(&state.db).await?;
         page = page.after(id, started_at)?;
     }
-    let rows = sqlx::query!(
+    let rows = fetch_page!(
+        RunnerRow,
+        &state.db,
+        &page,
         r#"SELECT id, name, host, pid, version, state AS "state!", devices, light_slots, device_slots, started_at, expires_at, stopped_at,
                   ARRAY(SELECT job_id FROM job_attempts a WHERE a.runner_id = r.id AND a.ended_at IS NULL) AS "jobs!"
-           FROM (SELECT *, CASE WHEN stopped_at IS NOT NULL THEN 'stopped' WHEN expires_at <= now() THEN 'lost' ELSE 'live' END AS state FROM runners) r
-           WHERE ($1::text IS NULL OR state = $1)
-             AND ($2::timestamptz IS NULL OR CASE WHEN $4 THEN (started_at, id) > ($2, $3) ELSE (started_at, id) < ($2, $3) END)
-           ORDER BY CASE WHEN $4 THEN started_at END, CASE WHEN $4 THEN id END, started_at DESC, id DESC LIMIT $5"#,
+           FROM (SELECT *, started_at AS created_at,
+                        CASE WHEN stopped_at IS NOT NULL THEN 'stopped' WHEN expires_at <= now() THEN 'lost' ELSE 'live' END AS state FROM runners) r
+           WHERE ($4::text IS NULL OR state = $4) AND ($5::text IS NULL OR name = $5)"#,
         query.state.map(RunnerState::as_str),
-        page.after,
-        page.after_id,
-        page.ascending,
-        page.fetch(),
-    )
-    .fetch_all(&state.db)
-    .await?;
+        query.name,
+    )?;
     let runners = rows.into_iter().map(|row| RunnerObject {
         id: row.id,
         object: "runner",
@@ -117,7 +136,7 @@ async fn list_runners(
         jobs: row.jobs,
         started_at: row.started_at.unix_timestamp(),
         expires_at: row.expires_at.unix_timestamp(),
-        stopped_at: row.stopped_at.map(time::OffsetDateTime::unix_timestamp),
+        stopped_at: row.stopped_at.map(OffsetDateTime::unix_timestamp),
     });
     Ok(Json(List::of(runners.collect(), &page, |runner| &runner.id)))
 }

@@ -27,7 +27,7 @@ use super::datasets;
 use crate::{
     auth::Project,
     metadata::Metadata,
-    page::List,
+    page::{List, fetch_page},
     parse::{Body, Path, Query},
     problem::ApiError,
     resource::{self, Deleted, FailureDetail, ListQuery, StateName},
@@ -90,6 +90,8 @@ pub enum CreateTokenizer {
 
 /// A tokenizer.
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"id": "tok_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "tokenizer", "name": "small", "state": "ready", "job": "job_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "type": "bpe", "dataset": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "file": null,
+    "vocab_size": 1024, "added_roles": [], "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08", "error": null, "metadata": {}, "created_at": 1767225600}))]
 pub struct TokenizerObject {
     #[schema(examples("tok_01J9ZQ4M7K3T5W8X2Y6C0V1B4N"))]
     id: String,
@@ -288,24 +290,18 @@ async fn list_tokenizers(
                 .await?;
         page = page.after(id, created_at)?;
     }
-    let rows = sqlx::query_as!(
+    let rows = fetch_page!(
         TokenizerRow,
+        &state.db,
+        &page,
         r#"SELECT id, name, state AS "state: ResourceState", job_id, type, dataset_id, file_id, vocabulary, added_roles, artifact, sha256, error,
                   metadata, created_at
            FROM tokenizers
-           WHERE project_id = $1 AND deleted_at IS NULL AND ($6::text IS NULL OR state = $6) AND ($7::text IS NULL OR name = $7)
-             AND ($2::timestamptz IS NULL OR CASE WHEN $4 THEN (created_at, id) > ($2, $3) ELSE (created_at, id) < ($2, $3) END)
-           ORDER BY CASE WHEN $4 THEN created_at END, CASE WHEN $4 THEN id END, created_at DESC, id DESC LIMIT $5"#,
+           WHERE project_id = $4 AND deleted_at IS NULL AND ($5::text IS NULL OR state = $5) AND ($6::text IS NULL OR name = $6)"#,
         project.project_id,
-        page.after,
-        page.after_id,
-        page.ascending,
-        page.fetch(),
         query.state.map(StateName::as_str),
         query.name,
-    )
-    .fetch_all(&state.db)
-    .await?;
+    )?;
     Ok(Json(List::of(rows.into_iter().map(TokenizerObject::from).collect(), &page, |tokenizer| &tokenizer.id)))
 }
 
@@ -414,6 +410,7 @@ pub enum Encoding {
 }
 
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"ids": [303, 50], "tokens": ["What", "?"]}))]
 pub struct OneEncoding {
     ids: Vec<u32>,
     /// How each token is shown by itself.
@@ -421,6 +418,7 @@ pub struct OneEncoding {
 }
 
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"data": [{"ids": [303, 50], "tokens": ["What", "?"]}]}))]
 pub struct EncodingList {
     /// One for each text.
     data: Vec<OneEncoding>,
@@ -460,8 +458,12 @@ async fn encode_text(
 #[schema(example = json!({"ids": [72, 101, 108, 108, 111]}))]
 pub struct DecodeBody {
     #[schema(max_items = 1000000)]
-    ids: Vec<u32>,
+    ids: Vec<TokenId>,
 }
+
+#[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
+#[schema(minimum = 0, maximum = 4294967295u32)]
+pub struct TokenId(pub u32);
 
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(example = json!({"text": "Hello"}))]
@@ -489,13 +491,14 @@ async fn decode_ids(
 ) -> Result<Json<Decoding>, ApiError> {
     let decoded = with_tokenizer(&state, &project, &id, move |tokenizer| {
         let vocabulary = tokenizer.vocabulary();
-        match body.ids.iter().position(|&id| i64::from(id) >= vocabulary) {
+        let ids: Vec<u32> = body.ids.iter().map(|id| id.0).collect();
+        match ids.iter().position(|&id| i64::from(id) >= vocabulary) {
             Some(index) => Err(ApiError::unprocessable(
                 "unknown_token",
                 format!("ids[{index}]"),
-                format!("The vocabulary has {vocabulary} ids, so {} is none of them.", body.ids[index]),
+                format!("The vocabulary has {vocabulary} ids, so {} is none of them.", ids[index]),
             )),
-            None => Ok(tokenizer.decode(&body.ids)),
+            None => Ok(tokenizer.decode(&ids)),
         }
     });
     Ok(Json(Decoding { text: decoded.await?? }))

@@ -46,7 +46,7 @@ pub struct CreateUpload {
     filename: String,
     purpose: Purpose,
     /// Bytes of the whole file.
-    #[schema(minimum = 1)]
+    #[schema(minimum = 1, maximum = 9223372036854775807i64)]
     bytes: i64,
     #[schema(min_length = 1, max_length = 255)]
     mime_type: String,
@@ -55,6 +55,8 @@ pub struct CreateUpload {
 }
 
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"id": "upload_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "upload", "bytes": 2147483648u64, "created_at": 1767225600, "expires_at": 1767229200,
+    "filename": "corpus.jsonl", "purpose": "fine-tune", "status": "pending", "file": null, "metadata": {}}))]
 pub struct UploadObject {
     #[schema(examples("upload_01J8Z0M5V4Q1X7Y2K3N6R9T0WB"))]
     id: String,
@@ -160,14 +162,16 @@ fn require_pending(upload: &UploadRow) -> Result<(), ApiError> {
 }
 
 /// The form of a part.
-#[derive(ToSchema)]
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 #[allow(dead_code, reason = "describes the form, which is read as a stream")]
 pub struct CreateUploadPart {
-    #[schema(value_type = String, format = Binary, content_media_type = "application/octet-stream")]
+    #[schema(value_type = String, format = Binary, content_media_type = "application/octet-stream", min_length = 1)]
     data: Vec<u8>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"id": "part_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "upload.part", "created_at": 1767225600, "upload_id": "upload_01J9ZQ4M7K3T5W8X2Y6C0V1B4N"}))]
 pub struct UploadPart {
     #[schema(examples("part_01J8Z0M5V4Q1X7Y2K3N6R9T0WB"))]
     id: String,

@@ -39,7 +39,8 @@ pub async fn task(context: &Context, source: DatasetSource, staging: &Path) -> R
     };
     let disk = housekeeping::disk_state(&context.artifacts, context.config.disk_low_bytes);
     let max_bytes = disk.map_or(u64::MAX, |disk| disk.free_bytes.saturating_sub(context.config.disk_low_bytes));
-    let spec = IngestSpec { source, output: staging.join(FOLDER), max_bytes, max_ratio: 100, max_line_bytes: 8 << 20 };
+    let max_ratio = context.config.decompression_ratio;
+    let spec = IngestSpec { source, output: staging.join(FOLDER), max_bytes, max_ratio, max_line_bytes: 8 << 20 };
     let spec = serde_json::to_value(spec).map_err(|error| failure(FailureCode::Internal, error.to_string(), false))?;
     Ok(Task::Ingest(spec))
 }

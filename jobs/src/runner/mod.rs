@@ -64,6 +64,8 @@ pub struct RunnerConfig {
     pub replica_memory_bytes: u64,
     /// Free bytes of the artifacts' disk below which no job is claimed.
     pub disk_low_bytes: u64,
+    /// How many times its size a compressed file may unfold to.
+    pub decompression_ratio: u64,
     /// The binary whose `worker` and `engine` are started.
     pub program: PathBuf,
 }
@@ -83,6 +85,7 @@ impl RunnerConfig {
             idle_seconds: 600.0,
             replica_memory_bytes: memory_bytes() / 2,
             disk_low_bytes: 1 << 30,
+            decompression_ratio: 100,
             program: std::env::current_exe().unwrap_or_else(|_| "lathe".into()),
         }
     }

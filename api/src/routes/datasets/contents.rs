@@ -89,6 +89,7 @@ impl RowObject {
 
 /// Rows in their order.
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"object": "list", "data": [{"index": 0, "turns": [{"instruction": "Double 21.", "input": "", "output": "42"}]}], "total": 5000, "has_more": true}))]
 pub struct RowList {
     #[schema(examples("list"))]
     object: &'static str,
@@ -157,6 +158,8 @@ pub struct BadRowObject {
 
 /// Bad rows in their order.
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"object": "list", "has_more": false, "data": [
+    {"index": 0, "file": "file-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "line": 7, "field": "output", "message": "The field is missing.", "keys": ["q", "a"]}]}))]
 pub struct BadRowList {
     #[schema(examples("list"))]
     object: &'static str,
@@ -205,6 +208,9 @@ pub struct StatisticsQuery {
 
 /// What is in a dataset, with its tokens where a tokenizer was named.
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"object": "dataset.statistics", "dataset": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "tokenizer": "tok_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "state": "ready",
+    "statistics": {"rows": 5000, "conversations": 5000, "duplicates": 0, "bytes": 101230, "characters": 101230, "bad_rows": 0},
+    "tokens": {"tokens": 61200, "length": {"p50": 12, "p90": 14, "p99": 15, "max": 16}}, "error": null}))]
 pub struct StatisticsObject {
     #[schema(examples("dataset.statistics"))]
     object: &'static str,

@@ -21,7 +21,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::{
     auth::Project,
     metadata::Metadata,
-    page::List,
+    page::{List, fetch_page},
     parse::{Body, Path, Query},
     problem::ApiError,
     resource::{self, Deleted, FailureDetail, ListQuery, StateName},
@@ -54,6 +54,10 @@ pub struct CreateDataset {
 
 /// A dataset.
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"id": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "dataset", "name": "sums", "state": "ready", "job": "job_01J9ZQ4M7K3T5W8X2Y6C0V1B4N",
+    "source": {"type": "template", "rows": 5000, "seed": 7, "exclude": [], "templates": [{"instruction": "Double {{ a }}.", "output": "{{ a * 2 }}", "variables": {"a": {"range": [0, 9999]}}}]},
+    "rows": 5000, "statistics": {"rows": 5000, "conversations": 5000, "duplicates": 0, "bytes": 101230, "characters": 101230, "bad_rows": 0},
+    "error": null, "metadata": {"owner": "speech"}, "created_at": 1767225600}))]
 pub struct DatasetObject {
     #[schema(examples("ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N"))]
     id: String,
@@ -286,23 +290,17 @@ async fn list_datasets(
                 .await?;
         page = page.after(id, created_at)?;
     }
-    let rows = sqlx::query_as!(
+    let rows = fetch_page!(
         DatasetRow,
+        &state.db,
+        &page,
         r#"SELECT id, name, state AS "state: ResourceState", job_id, source, artifact, statistics, error, metadata, created_at
            FROM datasets
-           WHERE project_id = $1 AND deleted_at IS NULL AND ($6::text IS NULL OR state = $6) AND ($7::text IS NULL OR name = $7)
-             AND ($2::timestamptz IS NULL OR CASE WHEN $4 THEN (created_at, id) > ($2, $3) ELSE (created_at, id) < ($2, $3) END)
-           ORDER BY CASE WHEN $4 THEN created_at END, CASE WHEN $4 THEN id END, created_at DESC, id DESC LIMIT $5"#,
+           WHERE project_id = $4 AND deleted_at IS NULL AND ($5::text IS NULL OR state = $5) AND ($6::text IS NULL OR name = $6)"#,
         project.project_id,
-        page.after,
-        page.after_id,
-        page.ascending,
-        page.fetch(),
         query.state.map(StateName::as_str),
         query.name,
-    )
-    .fetch_all(&state.db)
-    .await?;
+    )?;
     Ok(Json(List::of(rows.into_iter().map(DatasetObject::from).collect(), &page, |dataset| &dataset.id)))
 }
 

@@ -12,35 +12,63 @@ use utoipa::ToSchema;
 
 use crate::problem::ApiError;
 
+#[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum FilesType {
+    Files,
+}
+
+/// Uploaded files.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"type": "files", "files": ["file-01J9ZQ4M7K3T5W8X2Y6C0V1B4N"], "columns": {"instruction": "q", "output": "a"}}))]
+pub struct FilesSource {
+    #[allow(dead_code, reason = "the tag of the union")]
+    r#type: FilesType,
+    /// Ids of files, read in this order.
+    #[schema(min_items = 1, max_items = 1000)]
+    files: Vec<String>,
+    /// Default: auto, by content and name, file by file.
+    format: Option<FormatName>,
+    /// Part of a row → the file's own name for it. Absent: recognised by the keys.
+    columns: Option<ColumnsBody>,
+    /// Where a plain text is cut. Default: file.
+    documents: Option<DocumentsName>,
+    /// Default: reject.
+    on_bad_row: Option<OnBadRowName>,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TemplateType {
+    Template,
+}
+
+/// Rows made by rule.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"type": "template", "rows": 100, "templates": [{"instruction": "Spell {{ w }}.", "output": "{{ w }}", "variables": {"w": {"letters": 4}}}]}))]
+pub struct TemplateSource {
+    #[allow(dead_code, reason = "the tag of the union")]
+    r#type: TemplateType,
+    #[schema(minimum = 1, maximum = 10000000)]
+    rows: u64,
+    /// Decides every row. Default: 0.
+    #[schema(minimum = 0, maximum = 18446744073709551615u64)]
+    seed: Option<u64>,
+    /// Datasets with which no row may be shared. One that is not ready is waited for.
+    #[schema(max_items = 64)]
+    exclude: Option<Vec<String>>,
+    #[schema(min_items = 1, max_items = 1000)]
+    templates: Vec<TemplateBody>,
+}
+
 /// Uploaded files, or rows made by rule.
-#[derive(Debug, Deserialize, Serialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(untagged)]
 pub enum SourceBody {
-    Files {
-        /// Ids of files, read in this order.
-        #[schema(min_items = 1, max_items = 1000)]
-        files: Vec<String>,
-        /// Default: auto, by content and name, file by file.
-        format: Option<FormatName>,
-        /// Part of a row → the file's own name for it. Absent: recognised by the keys.
-        columns: Option<ColumnsBody>,
-        /// Where a plain text is cut. Default: file.
-        documents: Option<DocumentsName>,
-        /// Default: reject.
-        on_bad_row: Option<OnBadRowName>,
-    },
-    Template {
-        #[schema(minimum = 1, maximum = 10000000)]
-        rows: u64,
-        /// Decides every row. Default: 0.
-        #[schema(minimum = 0)]
-        seed: Option<u64>,
-        /// Datasets with which no row may be shared. One that is not ready is waited for.
-        #[schema(max_items = 64)]
-        exclude: Option<Vec<String>>,
-        #[schema(min_items = 1, max_items = 1000)]
-        templates: Vec<TemplateBody>,
-    },
+    Files(FilesSource),
+    Template(TemplateSource),
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
@@ -149,8 +177,13 @@ pub enum VariableBody {
 #[serde(deny_unknown_fields)]
 pub struct RangeVariable {
     #[schema(min_items = 2, max_items = 2)]
-    pub range: Vec<i64>,
+    pub range: Vec<RangeEnd>,
 }
+
+/// One end of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize, ToSchema)]
+#[schema(minimum = -9223372036854775808i64, maximum = 9223372036854775807i64)]
+pub struct RangeEnd(pub i64);
 
 /// One of these values; an object's fields are reached by `{{ name.field }}`.
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
@@ -199,23 +232,28 @@ impl SourceBody {
     /// With its defaults.
     pub fn resolve(self) -> Result<DatasetSource, ApiError> {
         match self {
-            SourceBody::Files { files, format, columns, documents, on_bad_row } => Ok(DatasetSource::Files {
-                files,
-                format: format.map_or(spec::Format::Auto, FormatName::resolve),
-                columns: columns.unwrap_or_default().resolve(),
-                documents: documents.map_or(spec::Documents::File, DocumentsName::resolve),
-                on_bad_row: match on_bad_row {
+            SourceBody::Files(source) => Ok(DatasetSource::Files {
+                files: source.files,
+                format: source.format.map_or(spec::Format::Auto, FormatName::resolve),
+                columns: source.columns.unwrap_or_default().resolve(),
+                documents: source.documents.map_or(spec::Documents::File, DocumentsName::resolve),
+                on_bad_row: match source.on_bad_row {
                     Some(OnBadRowName::Skip) => spec::OnBadRow::Skip,
                     Some(OnBadRowName::Reject) | None => spec::OnBadRow::Reject,
                 },
             }),
-            SourceBody::Template { rows, seed, exclude, templates } => {
-                for (index, template) in templates.iter().enumerate() {
+            SourceBody::Template(source) => {
+                for (index, template) in source.templates.iter().enumerate() {
                     template.check(&format!("source.templates[{index}]"))?;
                 }
                 let templates =
-                    templates.iter().map(TemplateBody::resolve).collect::<Result<_, _>>().map_err(ApiError::internal)?;
-                Ok(DatasetSource::Template { rows, seed: seed.unwrap_or(0), exclude: exclude.unwrap_or_default(), templates })
+                    source.templates.iter().map(TemplateBody::resolve).collect::<Result<_, _>>().map_err(ApiError::internal)?;
+                Ok(DatasetSource::Template {
+                    rows: source.rows,
+                    seed: source.seed.unwrap_or(0),
+                    exclude: source.exclude.unwrap_or_default(),
+                    templates,
+                })
             }
         }
     }

@@ -1,6 +1,6 @@
 //! OpenAI's shapes of fine-tuning jobs, their events and checkpoints. Every key is always there.
 
-use lathe_jobs::{checkpoints, state::JobState};
+use lathe_jobs::{checkpoints, metrics::METRICS_EVENT, state::JobState};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use time::OffsetDateTime;
@@ -8,6 +8,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use crate::{
     metadata::Metadata,
+    page::Order,
     problem::ApiError,
     resource::{self, FailureDetail},
     routes::training::{JobRow, JobStateName, events::EventRow},
@@ -130,7 +131,7 @@ pub struct CreateFineTuningJob {
     /// Shows in the new model's id.
     #[schema(min_length = 1, max_length = 64)]
     pub suffix: Option<String>,
-    #[schema(minimum = 0)]
+    #[schema(minimum = 0, maximum = 18446744073709551615u64)]
     pub seed: Option<u64>,
     pub metadata: Option<Metadata>,
 }
@@ -177,6 +178,13 @@ impl FineTuningStatus {
 
 /// A fine-tuning job.
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"id": "ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "fine_tuning.job", "created_at": 1767225600, "error": null,
+    "fine_tuned_model": "ft:model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N:default:sums:8x2y6c0v1b4n", "finished_at": 1767225900,
+    "hyperparameters": {"n_epochs": 3, "batch_size": "auto", "learning_rate_multiplier": "auto"}, "model": "model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N",
+    "organization_id": "proj_default", "result_files": [], "seed": 0, "status": "succeeded", "trained_tokens": 183600,
+    "training_file": "file-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "validation_file": null, "integrations": [], "estimated_finish": null,
+    "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": "auto", "learning_rate_multiplier": "auto"}}},
+    "metadata": {}, "user_provided_suffix": "sums", "state": "succeeded"}))]
 pub struct FineTuningJobObject {
     #[schema(examples("ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N"))]
     pub id: String,
@@ -277,9 +285,15 @@ impl FineTuningJobObject {
 pub struct ListFineTuningJobs {
     /// Id of the last job of the page before.
     pub after: Option<String>,
-    /// Default: 20.
-    #[param(minimum = 1, maximum = 100)]
+    #[param(minimum = 1, maximum = 100, default = 20)]
     pub limit: Option<i64>,
+    #[param(inline)]
+    pub order: Option<Order>,
+    /// Only those in this state, in Lathe's words.
+    #[param(inline)]
+    pub state: Option<JobStateName>,
+    /// Only those of this name, which is the suffix.
+    pub name: Option<String>,
 }
 
 #[derive(Debug, Deserialize, IntoParams)]
@@ -313,6 +327,8 @@ pub enum FineTuningEventType {
 
 /// An event.
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"id": "ftevent-01J9ZQ4M7K3T5W8X2Y6C0V1B4N-3", "object": "fine_tuning.job.event", "created_at": 1767225601, "level": "info",
+    "message": "Everything that the job needs is there.", "type": "message", "data": {}}))]
 pub struct FineTuningEventObject {
     #[schema(examples("ftevent-01J9ZQ4M7K3T5W8X2Y6C0V1B4N-3"))]
     pub id: String,
@@ -329,9 +345,9 @@ pub struct FineTuningEventObject {
 
 impl FineTuningEventObject {
     pub fn new(job_id: &str, row: EventRow) -> FineTuningEventObject {
-        let r#type = if row.code.starts_with("metric") { FineTuningEventType::Metrics } else { FineTuningEventType::Message };
+        let r#type = if row.code == METRICS_EVENT { FineTuningEventType::Metrics } else { FineTuningEventType::Message };
         FineTuningEventObject {
-            id: format!("ftevent-{}-{}", job_id.trim_start_matches("ftjob-"), row.id),
+            id: event_id(job_id, row.id),
             object: "fine_tuning.job.event",
             created_at: resource::seconds(row.created_at),
             level: row.level,
@@ -342,9 +358,15 @@ impl FineTuningEventObject {
     }
 }
 
-/// The number in an event's id.
-pub fn event_number(id: &str) -> Option<i64> {
-    id.strip_prefix("ftevent-")?.rsplit('-').next()?.parse().ok()
+/// The id of a job's event.
+fn event_id(job_id: &str, number: i64) -> String {
+    format!("ftevent-{}-{number}", job_id.trim_start_matches("ftjob-"))
+}
+
+/// The number in the id of an event, if it is one of this job.
+pub fn event_number(job_id: &str, id: &str) -> Option<i64> {
+    let number = id.rsplit('-').next()?.parse().ok()?;
+    (event_id(job_id, number) == id).then_some(number)
 }
 
 pub struct CheckpointRow {
@@ -357,6 +379,9 @@ pub struct CheckpointRow {
 
 /// A checkpoint.
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"id": "ftckpt_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "fine_tuning.job.checkpoint", "created_at": 1767225700,
+    "fine_tuned_model_checkpoint": "ft:model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N:default:sums:8x2y6c0v1b4n:ckpt-step-200",
+    "fine_tuning_job_id": "ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "metrics": {"step": 200, "train_loss": 0.41, "full_valid_loss": null}, "step_number": 200}))]
 pub struct FineTuningCheckpointObject {
     #[schema(examples("ftckpt_01J9ZQ4M7K3T5W8X2Y6C0V1B4N"))]
     pub id: String,
@@ -416,7 +441,10 @@ mod tests {
 
     #[test]
     fn an_event_s_number_is_in_its_id() {
-        assert_eq!(event_number("ftevent-01J9ZQ4M7K3T5W8X2Y6C0V1B4N-17"), Some(17));
-        assert_eq!(event_number("ftevent-x"), None);
+        let job = "ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N";
+        assert_eq!(event_number(job, &event_id(job, 17)), Some(17));
+        for other in ["ftevent-x", "ftevent-01J9ZQ4M7K3T5W8X2Y6C0V1B4X-17", "ftevent-01J9ZQ4M7K3T5W8X2Y6C0V1B4N-017", "17"] {
+            assert_eq!(event_number(job, other), None, "{other}");
+        }
     }
 }

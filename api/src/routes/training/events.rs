@@ -105,6 +105,8 @@ impl From<EventRow> for EventObject {
 
 /// Events in their order.
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"object": "list", "has_more": false, "data": [{"id": 3, "object": "training.event", "level": "info", "code": "job.queued",
+    "message": "Everything that the job needs is there.", "data": {}, "created_at": 1767225600.25}]}))]
 pub struct EventList {
     #[schema(examples("list"))]
     object: &'static str,

@@ -62,6 +62,7 @@ pub struct MetricObject {
 
 /// Rows by step.
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"object": "list", "data": [{"step": 100, "loss": 2.31, "learning_rate": 0.001, "grad_norm": 0.8, "tokens": 768, "tokens_per_second": 21000.0}]}))]
 pub struct MetricList {
     #[schema(examples("list"))]
     object: &'static str,

@@ -20,7 +20,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::{
     auth::Project,
     metadata::Metadata,
-    page::{List, Order, Page},
+    page::{List, Order, Page, fetch_page},
     parse::{Path, Query},
     problem::ApiError,
     resource::FailureDetail,
@@ -54,7 +54,7 @@ pub enum JobStateName {
 }
 
 impl JobStateName {
-    fn state(self) -> JobState {
+    pub fn state(self) -> JobState {
         match self {
             JobStateName::Blocked => JobState::Blocked,
             JobStateName::Queued => JobState::Queued,
@@ -97,6 +97,13 @@ pub enum PhaseName {
 
 /// A training job. Times are unix seconds with milliseconds behind the point.
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"id": "ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "training.job", "name": "small", "state": "running", "phase": "training",
+    "method": {"type": "pretrain", "objective": "causal_lm"}, "model": "model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "model_config": {"architecture": "gpt", "layers": 4, "vocabulary": 1024},
+    "base_model": null, "dataset": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "tokenizer": "tok_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "validation": {"fraction": 0.05},
+    "hyperparameters": {"steps": 2000, "batch_size": 12, "precision": "fp32"}, "priority": 0, "after": [], "queue_position": null, "run_after": null,
+    "step": 420, "steps": 2000, "loss": 2.31, "tokens_per_second": 21000.0, "trained_tokens": null, "eta_seconds": 57.8,
+    "created_at": 1767225600.25, "started_at": 1767225600.31, "first_step_at": 1767225602.1, "finished_at": null, "attempts": 1, "failures": 0, "error": null,
+    "checkpoints": [{"id": "ftckpt_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "step": 400, "best": true}], "metadata": {}}))]
 pub struct TrainingJobObject {
     #[schema(examples("ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N"))]
     id: String,
@@ -191,7 +198,7 @@ pub(super) struct JobRow {
 
 /// `query_as!` of training jobs that are not deleted; `$tail` goes on with `AND …`.
 macro_rules! select_jobs {
-    ($tail:literal $(, $argument:expr)* $(,)?) => {
+    ($tail:literal $(+ $more:literal)* $(, $argument:expr)* $(,)?) => {
         sqlx::query_as!(
             crate::routes::training::JobRow,
             r#"SELECT j.id, j.name, j.state AS "state: lathe_jobs::state::JobState", j.phase, j.priority, j.spec, j.request, j.metadata, j.dataset_id,
@@ -206,7 +213,7 @@ macro_rules! select_jobs {
                       (SELECT file_id FROM dataset_files f WHERE f.dataset_id = j.dataset_id AND f.position = 0) AS training_file,
                       (SELECT file_id FROM dataset_files f WHERE f.dataset_id = j.validation_dataset_id AND f.position = 0) AS validation_file
                FROM jobs j
-               WHERE j.kind = 'train' AND j.deleted_at IS NULL "# + $tail
+               WHERE j.kind = 'train' AND j.deleted_at IS NULL "# + $tail $(+ $more)*
             $(, $argument)*
         )
     };
@@ -331,20 +338,15 @@ async fn list_training_jobs(
     if let Some(id) = query.after {
         page = page_after(&state, &project, page, id).await?;
     }
-    let rows = select_jobs!(
-        "AND j.project_id = $1 AND ($6::text IS NULL OR j.state = $6) AND ($7::text IS NULL OR j.name = $7)
-         AND ($2::timestamptz IS NULL OR CASE WHEN $4 THEN (j.created_at, j.id) > ($2, $3) ELSE (j.created_at, j.id) < ($2, $3) END)
-         ORDER BY CASE WHEN $4 THEN j.created_at END, CASE WHEN $4 THEN j.id END, j.created_at DESC, j.id DESC LIMIT $5",
+    let rows = fetch_page!(
+        @ [select_jobs] []
+        &state.db,
+        &page,
+        "AND j.project_id = $4 AND ($5::text IS NULL OR j.state = $5) AND ($6::text IS NULL OR j.name = $6)",
         project.project_id,
-        page.after,
-        page.after_id,
-        page.ascending,
-        page.fetch(),
         query.state.map(|state| state.state().as_str()),
         query.name,
-    )
-    .fetch_all(&state.db)
-    .await?;
+    )?;
     Ok(Json(List::of(rows.into_iter().map(TrainingJobObject::from).collect(), &page, |job| &job.id)))
 }
 

@@ -9,19 +9,17 @@ use std::{
 use axum::{Json, extract::State};
 use lathe_jobs::checkpoints;
 use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     auth::Project,
-    page::{List, Page},
+    page::{List, Order, Page, fetch_page},
     parse::{Path, Query},
     problem::ApiError,
     state::AppState,
 };
-
-/// `keep_checkpoints` is at most 1000; a job has a few more while it saves.
-const MOST_CHECKPOINTS: i64 = 2000;
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(list_training_checkpoints)).routes(routes!(get_training_logs))
@@ -29,6 +27,8 @@ pub fn router() -> OpenApiRouter<AppState> {
 
 /// A checkpoint.
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"id": "ftckpt_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "training.checkpoint", "model": "model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N:ckpt-step-400", "step": 400, "attempt": 1, "bytes": 11120640, "loss": 2.33,
+    "validation_loss": 2.41, "best": true, "created_at": 1767225620.5}))]
 pub struct CheckpointObject {
     #[schema(examples("ftckpt_01J9ZQ4M7K3T5W8X2Y6C0V1B4N"))]
     id: String,
@@ -48,41 +48,77 @@ pub struct CheckpointObject {
     created_at: f64,
 }
 
+struct CheckpointRow {
+    id: String,
+    step: i64,
+    attempt: i32,
+    bytes: i64,
+    loss: Option<f64>,
+    validation_loss: Option<f64>,
+    best: bool,
+    created_at: OffsetDateTime,
+}
+
+impl CheckpointObject {
+    fn new(model_id: &str, row: CheckpointRow) -> CheckpointObject {
+        CheckpointObject {
+            id: row.id,
+            object: "training.checkpoint",
+            model: checkpoints::model_name(model_id, row.step),
+            step: row.step,
+            attempt: row.attempt,
+            bytes: row.bytes,
+            loss: row.loss,
+            validation_loss: row.validation_loss,
+            best: row.best,
+            created_at: super::milliseconds(row.created_at),
+        }
+    }
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct CheckpointsQuery {
+    /// Id of the last checkpoint of the page before.
+    after: Option<String>,
+    #[param(minimum = 1, maximum = 1000, default = 100)]
+    limit: Option<i64>,
+    #[param(inline)]
+    order: Option<Order>,
+}
+
 /// List a training job's checkpoints
-///
-/// Newest first, all of them.
 #[utoipa::path(
-    get, path = "/v1/training/jobs/{job_id}/checkpoints", operation_id = "list_training_checkpoints", tag = "training", params(("job_id" = String, Path)),
-    responses((status = 200, description = "The checkpoints", body = List<CheckpointObject>))
+    get, path = "/v1/training/jobs/{job_id}/checkpoints", operation_id = "list_training_checkpoints", tag = "training",
+    params(("job_id" = String, Path), CheckpointsQuery),
+    responses((status = 200, description = "A page", body = List<CheckpointObject>))
 )]
 async fn list_training_checkpoints(
     State(state): State<AppState>,
     project: Project,
     Path(id): Path<String>,
+    Query(query): Query<CheckpointsQuery>,
 ) -> Result<Json<List<CheckpointObject>>, ApiError> {
     let mut conn = state.db.acquire().await?;
     let model_id = super::find(&mut conn, &project.project_id, &id).await?.model_id.unwrap_or_default();
-    let page = Page::first(MOST_CHECKPOINTS, None);
-    let rows = sqlx::query!(
-        "SELECT id, step, attempt, bytes, loss, validation_loss, best, created_at FROM checkpoints WHERE job_id = $1 ORDER BY step DESC, attempt DESC LIMIT $2",
+    let mut page = Page::first(query.limit.unwrap_or(100), query.order);
+    if let Some(after) = query.after {
+        let created_at = sqlx::query_scalar!("SELECT created_at FROM checkpoints WHERE id = $1 AND job_id = $2", after, id)
+            .fetch_optional(&mut *conn)
+            .await?;
+        page = page.after(after, created_at)?;
+    }
+    let rows = fetch_page!(
+        CheckpointRow,
+        &mut *conn,
+        &page,
+        "SELECT id, step, attempt, bytes, loss, validation_loss, best, created_at FROM checkpoints WHERE job_id = $4",
         id,
-        page.fetch(),
-    )
-    .fetch_all(&mut *conn)
-    .await?;
-    let listed = rows.into_iter().map(|row| CheckpointObject {
-        id: row.id,
-        object: "training.checkpoint",
-        model: checkpoints::model_name(&model_id, row.step),
-        step: row.step,
-        attempt: row.attempt,
-        bytes: row.bytes,
-        loss: row.loss,
-        validation_loss: row.validation_loss,
-        best: row.best,
-        created_at: super::milliseconds(row.created_at),
-    });
-    Ok(Json(List::of(listed.collect(), &page, |checkpoint| &checkpoint.id)))
+    )?;
+    Ok(Json(List::of(rows.into_iter().map(|row| CheckpointObject::new(&model_id, row)).collect(), &page, |checkpoint| {
+        &checkpoint.id
+    })))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]
@@ -99,6 +135,7 @@ pub struct LogsQuery {
 
 /// The end of a worker's log.
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"object": "training.logs", "attempt": 1, "text": "step 400 of 2000\n", "truncated": false}))]
 pub struct LogsObject {
     #[schema(examples("training.logs"))]
     object: &'static str,
