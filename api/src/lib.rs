@@ -17,6 +17,7 @@ pub mod generation;
 pub mod idempotency;
 pub mod keys;
 pub mod logging;
+mod made;
 pub mod metadata;
 pub mod migrate;
 pub mod multipart;

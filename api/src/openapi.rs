@@ -46,8 +46,12 @@ pub fn finish(document: OpenApi) -> Value {
         complete_lists(schemas);
     }
     for (path, item) in document["paths"].as_object_mut().into_iter().flatten() {
-        let operations = item.as_object_mut().into_iter().flat_map(|item| item.values_mut()).filter_map(Value::as_object_mut);
-        operations.filter(|operation| operation.contains_key("operationId")).for_each(|operation| complete(path, operation));
+        for (method, operation) in item.as_object_mut().into_iter().flatten() {
+            match operation.as_object_mut() {
+                Some(operation) if operation.contains_key("operationId") => complete(path, method, operation),
+                _ => {}
+            }
+        }
     }
     document
 }
@@ -75,7 +79,7 @@ fn tags() -> Vec<Value> {
 
 /// The refusals that any operation of this kind can give, and where they differ, an operation's own words
 /// for them.
-fn complete(path: &str, operation: &mut Map<String, Value>) {
+fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
     let tagged = |operation: &Map<String, Value>, names: &[&str]| {
         operation
             .get("tags")
@@ -85,6 +89,8 @@ fn complete(path: &str, operation: &mut Map<String, Value>) {
     let (public, admin) = (tagged(operation, &[PUBLIC_TAG]), tagged(operation, &ADMIN_TAGS));
     let body = operation.get("requestBody").map(|body| &body["content"]);
     let (has_body, has_json) = (body.is_some(), body.is_some_and(|body| body["application/json"].is_object()));
+    // A body arrives, and is bounded, also where it must be empty.
+    let posted = method == "post";
     let creates = has_body && CREATIONS.contains(&path);
     let parameters = operation.get("parameters").and_then(Value::as_array);
     let has_id = parameters.is_some_and(|all| all.iter().any(|one| one["in"] == "path"));
@@ -95,9 +101,9 @@ fn complete(path: &str, operation: &mut Map<String, Value>) {
         ("401", !public, "No valid API key."),
         ("403", admin, "The key is not an admin's."),
         ("404", has_id, "Unknown, or another project's."),
-        ("408", has_body, "The body stopped arriving."),
+        ("408", posted, "The body stopped arriving."),
         ("409", creates, "The first request with this `Idempotency-Key` is still being answered."),
-        ("413", has_body, "The body is over the limit."),
+        ("413", posted, "The body is over the limit."),
         ("415", has_body, "The body is of another content type."),
         ("422", has_json || creates, "Valid by the schema, but impossible here; `code` and `param` say why."),
         ("500", true, "Something failed inside; the log has it under the answer's x-request-id."),

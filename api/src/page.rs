@@ -42,13 +42,33 @@ impl Page {
 
     /// The page after the item `id`, which was created at `created_at`; `None` there says that the
     /// project has no such item.
-    pub fn after(mut self, id: String, created_at: Option<OffsetDateTime>) -> Result<Page, ApiError> {
+    fn after(mut self, id: String, created_at: Option<OffsetDateTime>) -> Result<Page, ApiError> {
         if created_at.is_none() {
             return Err(ApiError::bad_request("after", format!("There is no `{id}` in this list to go on after.")));
         }
         self.after = created_at;
         self.after_id = Some(id);
         Ok(self)
+    }
+
+    /// The page that a query asks for. `created_at` looks an item of the list up.
+    pub async fn asked<E>(
+        limit: i64,
+        order: Option<Order>,
+        after: Option<String>,
+        created_at: impl AsyncFnOnce(&str) -> Result<Option<OffsetDateTime>, E>,
+    ) -> Result<Page, ApiError>
+    where
+        ApiError: From<E>,
+    {
+        let page = Page::first(limit, order);
+        match after {
+            None => Ok(page),
+            Some(id) => {
+                let created_at = created_at(&id).await?;
+                page.after(id, created_at)
+            }
+        }
     }
 
     /// Rows to fetch: one more than the page shows.

@@ -72,6 +72,29 @@ impl<T: DeserializeOwned + ToSchema> FromRequest<AppState> for OptionalBody<T> {
     }
 }
 
+/// For a route that takes no body: there is none, or the `{}` of clients that always send one.
+pub struct NoBody;
+
+impl FromRequest<AppState> for NoBody {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
+        let (parts, body) = request.into_parts();
+        let bytes = read_body(&parts.headers, body, state.config.json_limit).await?;
+        if bytes.is_empty() {
+            return Ok(NoBody);
+        }
+        match json(&bytes)? {
+            Value::Object(fields) if fields.is_empty() => Ok(NoBody),
+            Value::Object(fields) => {
+                let field = fields.keys().next().map_or("", String::as_str);
+                Err(ApiError::bad_request(field, format!("There is no field `{field}` here: this takes no body.")))
+            }
+            _ => Err(ApiError::bad_request("", "This takes no body.")),
+        }
+    }
+}
+
 /// The query string as a `T` (`#[derive(Deserialize, IntoParams)]` with
 /// `#[serde(deny_unknown_fields)] #[into_params(parameter_in = Query)]`).
 pub struct Query<T>(pub T);

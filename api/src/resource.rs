@@ -20,12 +20,7 @@ use utoipa::{
     },
 };
 
-use crate::{
-    page::{Order, Page},
-    problem::ApiError,
-    state::AppState,
-    train_request::MAX_ATTEMPTS,
-};
+use crate::{page::Order, problem::ApiError, state::AppState, train_request::MAX_ATTEMPTS};
 
 /// Where a dataset, tokenizer or model stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
@@ -112,13 +107,6 @@ pub struct ListQuery {
     pub name: Option<String>,
 }
 
-impl ListQuery {
-    /// The first page; the one after an item through [`Page::after`].
-    pub fn first(&self) -> Page {
-        Page::first(self.limit.unwrap_or(20), self.order)
-    }
-}
-
 /// Unix seconds.
 pub fn seconds(time: OffsetDateTime) -> i64 {
     time.unix_timestamp()
@@ -128,6 +116,11 @@ pub fn seconds(time: OffsetDateTime) -> i64 {
 pub fn in_use(what: &str, id: &str, users: &[String]) -> ApiError {
     let message = format!("The {what} `{id}` is needed by {}: wait until they end, or cancel them.", users.join(", "));
     ApiError::conflict(message).with_code("in_use")
+}
+
+/// 409 where `users` need it.
+pub fn refuse_users(what: &str, id: &str, users: &[String]) -> Result<(), ApiError> {
+    if users.is_empty() { Ok(()) } else { Err(in_use(what, id, users)) }
 }
 
 /// 409 for something that is named before it could serve: it failed.

@@ -208,6 +208,26 @@ async fn bad_bodies_are_refused(db: PgPool) {
     }
 }
 
+/// What takes no body ignores none.
+#[sqlx::test(migrator = "lathe_api::MIGRATOR")]
+async fn no_body_is_ignored(db: PgPool) {
+    let api = Api::start(db).await;
+    let resources = api.resources().await;
+    let document = openapi::document();
+    let bare = |operation: &&Operation| operation.method == Method::POST && operation.stated["requestBody"].is_null();
+    let operations = operations(&document);
+    let mut seen = 0;
+    for operation in operations.iter().filter(bare) {
+        let path = operation.path(&resources);
+        let refusal = operation.send(&api, &path, &api.key, Some(&json!({"colour": 1}))).await;
+        assert_eq!(refused(&operation.id, &refusal, &[400]).as_deref(), Some("colour"), "{}", operation.id);
+        let (status, body) = operation.send(&api, &path, &api.key, Some(&json!({}))).await;
+        assert_ne!(status, 400, "{} with an empty object: {body}", operation.id);
+        seen += 1;
+    }
+    assert!(seen >= 7, "{seen} operations take no body");
+}
+
 #[sqlx::test(migrator = "lathe_api::MIGRATOR")]
 async fn bad_paths_and_queries_are_refused(db: PgPool) {
     let api = Api::start(db).await;

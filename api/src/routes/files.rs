@@ -324,14 +324,12 @@ async fn list_files(
     caller: Project,
     Query(query): Query<ListFiles>,
 ) -> Result<Json<List<FileObject>>, ApiError> {
-    let mut page = Page::first(query.limit.unwrap_or(10_000), query.order);
-    if let Some(id) = query.after {
-        let created_at =
-            sqlx::query_scalar!("SELECT created_at FROM files WHERE id = $1 AND project_id = $2", id, caller.project_id)
-                .fetch_optional(&state.db)
-                .await?;
-        page = page.after(id, created_at)?;
-    }
+    let page = Page::asked(query.limit.unwrap_or(10_000), query.order, query.after, async |id| {
+        sqlx::query_scalar!("SELECT created_at FROM files WHERE id = $1 AND project_id = $2", id, caller.project_id)
+            .fetch_optional(&state.db)
+            .await
+    })
+    .await?;
     let rows = fetch_page!(
         FileRow,
         &state.db,

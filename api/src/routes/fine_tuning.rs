@@ -23,7 +23,7 @@ use crate::{
     auth::Project,
     metadata::Metadata,
     page::{List, Page, fetch_page},
-    parse::{Body, Path, Query},
+    parse::{Body, NoBody, Path, Query},
     problem::ApiError,
     routes::datasets::NewDataset,
     state::AppState,
@@ -141,10 +141,8 @@ async fn list_fine_tuning_jobs(
     project: Project,
     Query(query): Query<ListFineTuningJobs>,
 ) -> Result<Json<List<FineTuningJobObject>>, ApiError> {
-    let mut page = Page::first(query.limit.unwrap_or(20), query.order);
-    if let Some(id) = query.after {
-        page = training::page_after(&state, &project, page, id).await?;
-    }
+    let after = async |id: &str| training::created_at(&state, &project, id).await;
+    let page = Page::asked(query.limit.unwrap_or(20), query.order, query.after, after).await?;
     let rows = fetch_page!(
         @ [select_jobs] []
         &state.db,
@@ -188,6 +186,7 @@ async fn cancel_fine_tuning_job(
     State(state): State<AppState>,
     project: Project,
     Path(id): Path<String>,
+    _: NoBody,
 ) -> Result<Json<FineTuningJobObject>, ApiError> {
     act(&state, &project, &id, Action::Cancel).await
 }
@@ -203,6 +202,7 @@ async fn pause_fine_tuning_job(
     State(state): State<AppState>,
     project: Project,
     Path(id): Path<String>,
+    _: NoBody,
 ) -> Result<Json<FineTuningJobObject>, ApiError> {
     act(&state, &project, &id, Action::Pause).await
 }
@@ -216,6 +216,7 @@ async fn resume_fine_tuning_job(
     State(state): State<AppState>,
     project: Project,
     Path(id): Path<String>,
+    _: NoBody,
 ) -> Result<Json<FineTuningJobObject>, ApiError> {
     act(&state, &project, &id, Action::Resume).await
 }
@@ -269,13 +270,12 @@ async fn list_fine_tuning_checkpoints(
 ) -> Result<Json<List<FineTuningCheckpointObject>>, ApiError> {
     let mut conn = state.db.acquire().await?;
     let job = find(&mut conn, &project.project_id, &id).await?;
-    let mut page = Page::first(query.limit.unwrap_or(10), None);
-    if let Some(after) = query.after {
-        let created_at = sqlx::query_scalar!("SELECT created_at FROM checkpoints WHERE id = $1 AND job_id = $2", after, id)
+    let page = Page::asked(query.limit.unwrap_or(10), None, query.after, async |after| {
+        sqlx::query_scalar!("SELECT created_at FROM checkpoints WHERE id = $1 AND job_id = $2", after, id)
             .fetch_optional(&mut *conn)
-            .await?;
-        page = page.after(after, created_at)?;
-    }
+            .await
+    })
+    .await?;
     let rows = fetch_page!(
         shapes::CheckpointRow,
         &mut *conn,

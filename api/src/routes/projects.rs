@@ -109,12 +109,10 @@ async fn list_projects(
     _: Admin,
     Query(query): Query<ListProjects>,
 ) -> Result<Json<List<ProjectObject>>, ApiError> {
-    let mut page = Page::first(query.limit.unwrap_or(20), query.order);
-    if let Some(id) = query.after {
-        let created_at =
-            sqlx::query_scalar!("SELECT created_at FROM projects WHERE id = $1", id).fetch_optional(&state.db).await?;
-        page = page.after(id, created_at)?;
-    }
+    let page = Page::asked(query.limit.unwrap_or(20), query.order, query.after, async |id| {
+        sqlx::query_scalar!("SELECT created_at FROM projects WHERE id = $1", id).fetch_optional(&state.db).await
+    })
+    .await?;
     let rows = fetch_page!(
         ProjectRow,
         &state.db,
@@ -260,13 +258,12 @@ async fn list_keys(
     Query(query): Query<ListKeys>,
 ) -> Result<Json<List<KeyObject>>, ApiError> {
     require_project(&state.db, &project).await?;
-    let mut page = Page::first(query.limit.unwrap_or(20), query.order);
-    if let Some(id) = query.after {
-        let created_at = sqlx::query_scalar!("SELECT created_at FROM api_keys WHERE id = $1 AND project_id = $2", id, project)
+    let page = Page::asked(query.limit.unwrap_or(20), query.order, query.after, async |id| {
+        sqlx::query_scalar!("SELECT created_at FROM api_keys WHERE id = $1 AND project_id = $2", id, project)
             .fetch_optional(&state.db)
-            .await?;
-        page = page.after(id, created_at)?;
-    }
+            .await
+    })
+    .await?;
     let rows = fetch_page!(
         KeyRow,
         &state.db,

@@ -104,12 +104,10 @@ async fn list_runners(
     _: Admin,
     Query(query): Query<ListRunners>,
 ) -> Result<Json<List<RunnerObject>>, ApiError> {
-    let mut page = Page::first(query.limit.unwrap_or(20), query.order);
-    if let Some(id) = query.after {
-        let started_at =
-            sqlx::query_scalar!("SELECT started_at FROM runners WHERE id = $1", id).fetch_optional(&state.db).await?;
-        page = page.after(id, started_at)?;
-    }
+    let page = Page::asked(query.limit.unwrap_or(20), query.order, query.after, async |id| {
+        sqlx::query_scalar!("SELECT started_at FROM runners WHERE id = $1", id).fetch_optional(&state.db).await
+    })
+    .await?;
     let rows = fetch_page!(
         RunnerRow,
         &state.db,

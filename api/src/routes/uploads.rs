@@ -25,7 +25,7 @@ use crate::{
     auth::Project,
     metadata::Metadata,
     multipart::{self, Expected},
-    parse::{Body, Path},
+    parse::{Body, NoBody, Path},
     problem::ApiError,
     state::AppState,
 };
@@ -404,6 +404,7 @@ async fn cancel_upload(
     State(state): State<AppState>,
     caller: Project,
     Path(upload_id): Path<String>,
+    _: NoBody,
 ) -> Result<Json<UploadObject>, ApiError> {
     let upload = find_upload(&state.db, &caller.project_id, &upload_id).await?;
     if upload.state == "cancelled" {

@@ -244,7 +244,8 @@ pub struct LengthPercentiles {
 #[utoipa::path(
     get, path = "/v1/datasets/{dataset_id}/statistics", operation_id = "get_dataset_statistics", tag = "datasets",
     params(("dataset_id" = String, Path), StatisticsQuery),
-    responses((status = 200, description = "All there is", body = StatisticsObject), (status = 202, description = "Still being made", body = StatisticsObject))
+    responses((status = 200, description = "All there is", body = StatisticsObject), (status = 202, description = "Still being made", body = StatisticsObject),
+        (status = 409, description = "The dataset or tokenizer has failed"))
 )]
 async fn get_dataset_statistics(
     State(state): State<AppState>,

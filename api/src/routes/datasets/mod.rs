@@ -20,8 +20,9 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     auth::Project,
+    made::{delete_made, find_usable},
     metadata::Metadata,
-    page::{List, fetch_page},
+    page::{List, Page, fetch_page},
     parse::{Body, Path, Query},
     problem::ApiError,
     resource::{self, Deleted, FailureDetail, ListQuery, StateName},
@@ -251,28 +252,14 @@ async fn find_excluded(conn: &mut PgConnection, project_id: &str, exclude: &[Str
     Ok(needs)
 }
 
-/// The job to wait for before a dataset can be read, if it is not ready. Locks the dataset against
-/// deletion until the transaction ends, and against nothing weaker: whoever moves its job has that
-/// locked and comes for the dataset next. `param` is the field that names it.
+/// The job to wait for before a dataset can be read, if it is not ready.
 pub(super) async fn find_usable(
     conn: &mut PgConnection,
     project_id: &str,
     id: &str,
     param: &str,
 ) -> Result<Option<String>, ApiError> {
-    let row = sqlx::query!(
-        r#"SELECT state AS "state: ResourceState", job_id FROM datasets WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR KEY SHARE"#,
-        id,
-        project_id,
-    )
-    .fetch_optional(conn)
-    .await?
-    .ok_or_else(|| resource::unknown("dataset", id, param))?;
-    match row.state {
-        ResourceState::Ready => Ok(None),
-        ResourceState::Queued | ResourceState::Running => Ok(Some(row.job_id)),
-        ResourceState::Failed => Err(resource::has_failed("dataset", id, param)),
-    }
+    find_usable!("dataset" in "datasets", conn, project_id, id, param)
 }
 
 /// List datasets
@@ -282,14 +269,12 @@ async fn list_datasets(
     project: Project,
     Query(query): Query<ListQuery>,
 ) -> Result<Json<List<DatasetObject>>, ApiError> {
-    let mut page = query.first();
-    if let Some(id) = query.after {
-        let created_at =
-            sqlx::query_scalar!("SELECT created_at FROM datasets WHERE id = $1 AND project_id = $2", id, project.project_id)
-                .fetch_optional(&state.db)
-                .await?;
-        page = page.after(id, created_at)?;
-    }
+    let page = Page::asked(query.limit.unwrap_or(20), query.order, query.after, async |id| {
+        sqlx::query_scalar!("SELECT created_at FROM datasets WHERE id = $1 AND project_id = $2", id, project.project_id)
+            .fetch_optional(&state.db)
+            .await
+    })
+    .await?;
     let rows = fetch_page!(
         DatasetRow,
         &state.db,
@@ -331,41 +316,14 @@ async fn delete_dataset(
     project: Project,
     Path(id): Path<String>,
 ) -> Result<Json<Deleted>, ApiError> {
-    let mut conn = state.db.acquire().await?;
-    let job_id = sqlx::query_scalar!(
-        "SELECT job_id FROM datasets WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL",
+    delete_made!(
+        "dataset" in "datasets",
+        &state,
+        project.project_id,
         id,
-        project.project_id
-    )
-    .fetch_optional(&mut *conn)
-    .await?
-    .ok_or_else(|| ApiError::not_found("dataset", &id))?;
-    refuse_if_needed(&mut conn, &id, &job_id).await?;
-    // Committed before the row is locked: whoever holds a job may be about to write what it makes.
-    resource::stop_making(&mut conn, &job_id).await?;
-    let mut tx = conn.begin().await?;
-    let artifact = sqlx::query_scalar!("SELECT artifact FROM datasets WHERE id = $1 AND deleted_at IS NULL FOR UPDATE", id)
-        .fetch_optional(&mut *tx)
-        .await?
-        .ok_or_else(|| ApiError::not_found("dataset", &id))?;
-    refuse_if_needed(&mut tx, &id, &job_id).await?;
-    sqlx::query!("UPDATE datasets SET deleted_at = now(), artifact = NULL WHERE id = $1", id).execute(&mut *tx).await?;
-    tx.commit().await?;
-    resource::remove_artifacts(&state, artifact.into_iter().collect()).await;
-    Ok(Json(Deleted { id, object: "dataset", deleted: true }))
-}
-
-/// 409 while unfinished work, the job that makes it aside, needs the dataset.
-async fn refuse_if_needed(conn: &mut PgConnection, id: &str, job_id: &str) -> Result<(), ApiError> {
-    let users = sqlx::query_scalar!(
         "SELECT id FROM jobs
          WHERE finished_at IS NULL AND id <> $2
            AND (dataset_id = $1 OR validation_dataset_id = $1 OR spec #> '{source,exclude}' @> to_jsonb($1::text))
-         ORDER BY created_at LIMIT 10",
-        id,
-        job_id,
+         ORDER BY created_at LIMIT 10"
     )
-    .fetch_all(conn)
-    .await?;
-    if users.is_empty() { Ok(()) } else { Err(resource::in_use("dataset", id, &users)) }
 }

@@ -11,7 +11,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::TrainingJobObject;
 use crate::{
     auth::Project,
-    parse::Path,
+    parse::{NoBody, Path},
     problem::ApiError,
     resource::{self, Deleted},
     state::AppState,
@@ -81,6 +81,7 @@ async fn cancel_training_job(
     State(state): State<AppState>,
     project: Project,
     Path(id): Path<String>,
+    _: NoBody,
 ) -> Result<Json<TrainingJobObject>, ApiError> {
     act(&state, &project, &id, Action::Cancel).await
 }
@@ -96,6 +97,7 @@ async fn pause_training_job(
     State(state): State<AppState>,
     project: Project,
     Path(id): Path<String>,
+    _: NoBody,
 ) -> Result<Json<TrainingJobObject>, ApiError> {
     act(&state, &project, &id, Action::Pause).await
 }
@@ -109,6 +111,7 @@ async fn resume_training_job(
     State(state): State<AppState>,
     project: Project,
     Path(id): Path<String>,
+    _: NoBody,
 ) -> Result<Json<TrainingJobObject>, ApiError> {
     act(&state, &project, &id, Action::Resume).await
 }

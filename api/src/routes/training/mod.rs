@@ -334,10 +334,8 @@ async fn list_training_jobs(
     project: Project,
     Query(query): Query<ListTrainingJobs>,
 ) -> Result<Json<List<TrainingJobObject>>, ApiError> {
-    let mut page = Page::first(query.limit.unwrap_or(20), query.order);
-    if let Some(id) = query.after {
-        page = page_after(&state, &project, page, id).await?;
-    }
+    let after = async |id: &str| created_at(&state, &project, id).await;
+    let page = Page::asked(query.limit.unwrap_or(20), query.order, query.after, after).await?;
     let rows = fetch_page!(
         @ [select_jobs] []
         &state.db,
@@ -350,16 +348,15 @@ async fn list_training_jobs(
     Ok(Json(List::of(rows.into_iter().map(TrainingJobObject::from).collect(), &page, |job| &job.id)))
 }
 
-/// The page after a training job.
-pub(super) async fn page_after(state: &AppState, project: &Project, page: Page, id: String) -> Result<Page, ApiError> {
-    let created_at = sqlx::query_scalar!(
+/// When a training job was created, a deleted one too.
+pub(super) async fn created_at(state: &AppState, project: &Project, id: &str) -> Result<Option<OffsetDateTime>, sqlx::Error> {
+    sqlx::query_scalar!(
         "SELECT created_at FROM jobs WHERE id = $1 AND project_id = $2 AND kind = 'train'",
         id,
         project.project_id
     )
     .fetch_optional(&state.db)
-    .await?;
-    page.after(id, created_at)
+    .await
 }
 
 /// Retrieve a training job

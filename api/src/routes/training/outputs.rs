@@ -102,13 +102,12 @@ async fn list_training_checkpoints(
 ) -> Result<Json<List<CheckpointObject>>, ApiError> {
     let mut conn = state.db.acquire().await?;
     let model_id = super::find(&mut conn, &project.project_id, &id).await?.model_id.unwrap_or_default();
-    let mut page = Page::first(query.limit.unwrap_or(100), query.order);
-    if let Some(after) = query.after {
-        let created_at = sqlx::query_scalar!("SELECT created_at FROM checkpoints WHERE id = $1 AND job_id = $2", after, id)
+    let page = Page::asked(query.limit.unwrap_or(100), query.order, query.after, async |after| {
+        sqlx::query_scalar!("SELECT created_at FROM checkpoints WHERE id = $1 AND job_id = $2", after, id)
             .fetch_optional(&mut *conn)
-            .await?;
-        page = page.after(after, created_at)?;
-    }
+            .await
+    })
+    .await?;
     let rows = fetch_page!(
         CheckpointRow,
         &mut *conn,
