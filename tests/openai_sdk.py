@@ -3,6 +3,7 @@
 Run by tests/it/openai_sdk.rs, which gives LATHE_URL, LATHE_KEY and LATHE_BASE_MODEL (a ready causal model).
 """
 
+import hashlib
 import io
 import json
 import os
@@ -36,6 +37,44 @@ def check_files():
     assert file.id in [listed.id for listed in client.files.list()]
     refused(openai.NotFoundError, lambda: client.files.retrieve("file-missing"))
     return file
+
+
+def check_uploads():
+    content = b"one line\n" * 1000
+    upload = client.uploads.create(filename="corpus.txt", purpose="fine-tune", bytes=len(content), mime_type="text/plain")
+    assert upload.status == "pending" and upload.object == "upload" and upload.file is None, upload
+    parts = [client.uploads.parts.create(upload.id, data=content[at : at + 4000]) for at in range(0, len(content), 4000)]
+    assert {part.object for part in parts} == {"upload.part"} and parts[0].upload_id == upload.id, parts
+    done = client.uploads.complete(upload.id, part_ids=[part.id for part in parts], md5=hashlib.md5(content).hexdigest())
+    assert done.status == "completed" and done.file.bytes == len(content), done
+    assert client.files.content(done.file.id).read() == content
+    whole = client.uploads.upload_file_chunked(file=content, filename="again.txt", bytes=len(content), mime_type="text/plain", purpose="fine-tune")
+    assert whole.status == "completed" and whole.file.filename == "again.txt", whole
+    given_up = client.uploads.create(filename="a", purpose="batch", bytes=1, mime_type="text/plain")
+    assert client.uploads.cancel(given_up.id).status == "cancelled"
+    brief = client.files.create(file=("a.txt", b"a"), purpose="user_data", expires_after={"anchor": "created_at", "seconds": 3600})
+    assert brief.expires_at == brief.created_at + 3600, brief
+    assert [listed.id for listed in client.files.list(purpose="user_data", order="asc", limit=1)] == [brief.id]
+
+
+def check_control(file):
+    jobs = client.fine_tuning.jobs
+    one = jobs.create(model=base_model, training_file=file.id, hyperparameters={"n_epochs": 1000}, metadata={"from": "the sdk"})
+    assert one.metadata == {"from": "the sdk"} and one.hyperparameters.n_epochs == 1000 and one.method.type == "supervised", one
+    jobs.pause(one.id)
+    until = time.monotonic() + 60
+    while (paused := jobs.retrieve(one.id)).state != "paused":
+        assert time.monotonic() < until, paused
+        time.sleep(0.1)
+    assert paused.status == "queued", paused
+    assert jobs.resume(one.id).state in ("queued", "blocked"), one
+    jobs.cancel(one.id)
+    while (ended := jobs.retrieve(one.id)).status != "cancelled":
+        assert time.monotonic() < until, ended
+        time.sleep(0.1)
+    assert ended.fine_tuned_model is None and ended.error is None and ended.finished_at, ended
+    seen = [job.id for job in jobs.list(limit=1)]
+    assert one.id in seen and len(set(seen)) == len(seen) >= 2, seen
 
 
 def check_job(file):
@@ -86,6 +125,19 @@ def check_chat(model):
 
 
 file = check_files()
-check_chat(check_job(file))
-assert client.files.delete(file.id).deleted
+check_uploads()
+model = check_job(file)
+check_chat(model)
+check_control(file)
+assert client.models.delete(model).deleted
+refused(openai.NotFoundError, lambda: client.models.retrieve(model))
+# The dataset of the job that was given up may still be read from the file.
+until = time.monotonic() + 60
+while True:
+    try:
+        assert client.files.delete(file.id).deleted
+        break
+    except openai.ConflictError:
+        assert time.monotonic() < until, "the file stays in use"
+        time.sleep(0.1)
 print("the openai SDK", openai.__version__, "is content")

@@ -43,7 +43,7 @@ pub struct Path<T>(pub T);
 /// A JSON body that `T`'s schema accepts.
 pub struct Body<T>(pub T);
 
-impl<T: DeserializeOwned + ToSchema> FromRequest<AppState> for Body<T> {
+impl<T: DeserializeOwned + ToSchema + 'static> FromRequest<AppState> for Body<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
@@ -57,7 +57,7 @@ impl<T: DeserializeOwned + ToSchema> FromRequest<AppState> for Body<T> {
 /// Like [`Body`], for a route whose body may be absent: an empty one reads as `{}`.
 pub struct OptionalBody<T>(pub T);
 
-impl<T: DeserializeOwned + ToSchema> FromRequest<AppState> for OptionalBody<T> {
+impl<T: DeserializeOwned + ToSchema + 'static> FromRequest<AppState> for OptionalBody<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
@@ -135,7 +135,7 @@ impl<S: Send + Sync, T: DeserializeOwned + IntoParams> FromRequestParts<S> for Q
 
 /// A value as a `T`: 400 where `T`'s schema refuses it, 422 for the character that no column of the
 /// database holds, which a schema has no word for.
-pub fn typed<T: DeserializeOwned + ToSchema>(value: Value) -> Result<T, ApiError> {
+pub fn typed<T: DeserializeOwned + ToSchema + 'static>(value: Value) -> Result<T, ApiError> {
     let schema = Schema::of::<T>();
     schema.check(&value)?;
     if let Some(param) = find_nul(&value, String::new()) {

@@ -12,7 +12,12 @@
 //! `additionalProperties`, `propertyNames`, `items`, `oneOf`, `allOf`, `$ref` and the bounds on
 //! numbers, strings, arrays and objects.
 
-use std::cmp::Ordering;
+use std::{
+    any::TypeId,
+    cmp::Ordering,
+    collections::HashMap,
+    sync::{Arc, LazyLock, Mutex, PoisonError},
+};
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -38,8 +43,16 @@ pub struct Schema {
     named: Map<String, Value>,
 }
 
+/// Made once for each type: a schema is large and a request small.
+static KNOWN: LazyLock<Mutex<HashMap<TypeId, Arc<Schema>>>> = LazyLock::new(Mutex::default);
+
 impl Schema {
-    pub fn of<T: ToSchema>() -> Schema {
+    pub fn of<T: ToSchema + 'static>() -> Arc<Schema> {
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        known.entry(TypeId::of::<T>()).or_insert_with(|| Arc::new(Schema::make::<T>())).clone()
+    }
+
+    fn make<T: ToSchema>() -> Schema {
         let mut referred = Vec::new();
         T::schemas(&mut referred);
         let json = |schema| serde_json::to_value(schema).unwrap_or(Value::Bool(true));
@@ -347,7 +360,7 @@ mod tests {
         title: Option<String>,
     }
 
-    fn read<T: ToSchema + serde::de::DeserializeOwned>(body: Value) -> Result<T, Violation> {
+    fn read<T: ToSchema + serde::de::DeserializeOwned + 'static>(body: Value) -> Result<T, Violation> {
         let schema = Schema::of::<T>();
         schema.check(&body)?;
         schema.read(body)
