@@ -91,7 +91,9 @@ pub async fn replay(State(state): State<AppState>, request: Request, next: Next)
     let request = Request::from_parts(parts, body);
     match held {
         Reservation::Taken => {}
-        Reservation::Unanswered => return Err(ApiError::in_flight()),
+        Reservation::Unanswered if identity.replays => return Err(ApiError::in_flight()),
+        // Another request with the same body, meant as such: the two are nothing to each other.
+        Reservation::Unanswered => return Ok(next.run(request).await),
         Reservation::Answered { body_sha256, status, response } => {
             if fingerprint.is_some() {
                 identity.body_sha256 = hash(&line, multipart::fingerprint(&state, request).await?.as_bytes());

@@ -195,7 +195,7 @@ async fn a_deletion_and_the_job_that_makes_it_do_not_lock_each_other_out(db: PgP
         let mut tx = db.begin().await.unwrap();
         sqlx::query("SELECT id FROM jobs WHERE id = $1 FOR UPDATE").bind(job).execute(&mut *tx).await.unwrap();
         let deletion = tokio::spawn(answer(api.request(Method::DELETE, path)));
-        wait_for_lock(&db).await;
+        wait_for_locks(&db, 1).await;
         let moved = sqlx::query(sqlx::AssertSqlSafe(format!("UPDATE {table} SET state = 'running' WHERE id = $1")));
         moved.bind(id).execute(&mut *tx).await.unwrap();
         tx.commit().await.unwrap();
@@ -206,8 +206,8 @@ async fn a_deletion_and_the_job_that_makes_it_do_not_lock_each_other_out(db: PgP
     }
 }
 
-/// Until some session of this database waits for a lock.
-async fn wait_for_lock(db: &PgPool) {
+/// Until so many sessions of this database wait for a lock.
+async fn wait_for_locks(db: &PgPool, sessions: i64) {
     let began = Instant::now();
     loop {
         let waiting: i64 = sqlx::query_scalar(
@@ -216,7 +216,7 @@ async fn wait_for_lock(db: &PgPool) {
         .fetch_one(db)
         .await
         .unwrap();
-        if waiting > 0 {
+        if waiting >= sessions {
             return;
         }
         assert!(began.elapsed() < PATIENCE, "nobody waits");
@@ -264,6 +264,27 @@ async fn an_unanswered_request_is_a_409_and_a_broken_one_is_forgotten(db: PgPool
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert_eq!(api.stored("files"), 1);
+}
+
+/// Two that are alike at the same time are two; only a retry waits for the first.
+#[sqlx::test(migrator = "lathe_api::MIGRATOR")]
+async fn first_attempts_that_are_alike_are_two_requests(db: PgPool) {
+    let api = Api::start(db.clone()).await;
+    let create = |count: &'static str| {
+        let body = json!({"filename": "a.txt", "purpose": "fine-tune", "bytes": 3, "mime_type": "text/plain"});
+        answer(api.request(Method::POST, "/v1/uploads").header("x-stainless-retry-count", count).json(&body))
+    };
+    let mut tx = db.begin().await.unwrap();
+    sqlx::query("LOCK TABLE uploads IN ACCESS EXCLUSIVE MODE").execute(&mut *tx).await.unwrap();
+    let first = tokio::spawn(create("0"));
+    wait_for_locks(&db, 1).await;
+    let second = tokio::spawn(create("0"));
+    wait_for_locks(&db, 2).await;
+    refused("a retry of one that is not answered", &create("1").await, &[409]);
+    tx.rollback().await.unwrap();
+    let ((status, first), (other, second)) = (first.await.unwrap(), second.await.unwrap());
+    assert_eq!((status.as_u16(), other.as_u16()), (200, 200), "{first} {second}");
+    assert_ne!(first["id"], second["id"]);
 }
 
 /// The SDKs' own retries: of creations for ten minutes, by key and body.
