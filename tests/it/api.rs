@@ -117,7 +117,10 @@ INSERT INTO jobs (id, project_id, kind, state, pool, spec, base_model_id, queued
     ('ftjob-test', 'PROJECT', 'train', 'queued', 'device', '{"kind": "train", "method": {"type": "instruction", "template": "ins"}}', 'model-base', now());
 INSERT INTO datasets (id, project_id, name, state, job_id, source) VALUES ('ds_test', 'PROJECT', 'test', 'queued', 'job_ds', '{}');
 INSERT INTO tokenizers (id, project_id, name, state, job_id, type) VALUES ('tok_test', 'PROJECT', 'test', 'queued', 'job_tok', 'bpe');
-INSERT INTO models (id, project_id, name, state, job_id, config, code_version) VALUES ('model-test', 'PROJECT', 'test', 'queued', 'ftjob-test', '{}', '0');
+INSERT INTO models (id, project_id, name, state, job_id, config, code_version) VALUES ('model-test', 'PROJECT', 'test', 'queued', 'ftjob-test',
+    '{"architecture": "gpt", "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 8, "width": 8, "mlp_width": 32, "context": 16, "vocabulary": 272,
+      "positions": "learned", "norm": "layer", "norm_eps": 1e-5, "activation": "gelu", "bias": true, "tie_embeddings": true, "dropout": 0,
+      "rope_theta": 10000}', '0');
 "#;
 
 pub fn form(filename: &str, content: &[u8]) -> reqwest::multipart::Form {

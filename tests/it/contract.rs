@@ -3,6 +3,11 @@
 //! covered by being in the document. Whether a body fits is asked of a validator that shares no code
 //! with the server.
 
+use std::{
+    collections::HashMap,
+    sync::{LazyLock, Mutex},
+};
+
 use jsonschema::Validator;
 use lathe_api::{
     idempotency::CREATIONS,
@@ -66,7 +71,8 @@ impl Operation {
         path
     }
 
-    /// Sends, and holds the document to the status of the answer.
+    /// Sends, and holds the answer against the document: its status is stated, its body has the shape
+    /// stated for that.
     async fn send(&self, api: &Api, path: &str, key: &str, body: Option<&Value>) -> (StatusCode, Value) {
         let request = api.client.request(self.method.clone(), format!("{}{path}", api.base)).bearer_auth(key);
         let answer = answer(match body {
@@ -76,6 +82,15 @@ impl Operation {
         .await;
         let stated = self.stated["responses"].get(answer.0.as_str());
         assert!(stated.is_some(), "the document does not say that {} may answer {}: {}", self.id, answer.0, answer.1);
+        let json = stated.map(|stated| &stated["content"]["application/json"]["schema"]).filter(|schema| schema.is_object());
+        if let Some(schema) = json.filter(|_| self.method != Method::HEAD && !answer.1.is_null()) {
+            let mut known = ANSWERS.lock().expect("no test panics within");
+            let validator = known.entry((self.id.clone(), answer.0)).or_insert_with(|| validator(schema, &DOCUMENT));
+            let wrong: Vec<String> =
+                validator.iter_errors(&answer.1).map(|error| format!("{}: {error}", error.instance_path())).collect();
+            drop(known);
+            assert!(wrong.is_empty(), "{} answers {}: {wrong:?}", self.id, answer.1);
+        }
         answer
     }
 
@@ -84,6 +99,11 @@ impl Operation {
         validator(&self.stated["requestBody"]["content"]["application/json"]["schema"], document)
     }
 }
+
+static DOCUMENT: LazyLock<Value> = LazyLock::new(openapi::document);
+
+/// The shapes of answers, by operation and status.
+static ANSWERS: LazyLock<Mutex<HashMap<(String, StatusCode), Validator>>> = LazyLock::new(Mutex::default);
 
 fn validator(schema: &Value, document: &Value) -> Validator {
     let mut whole = json!({"components": document["components"]});
@@ -205,6 +225,69 @@ async fn bad_bodies_are_refused(db: PgPool) {
         refused(&format!("{} with plain text", operation.id), &raw("text/plain", b"{}".to_vec()).await, &[415]);
         let large = vec![b' '; api.state.config.json_limit + 1];
         refused(&format!("{} with a large body", operation.id), &raw("application/json", large).await, &[413]);
+    }
+}
+
+/// An example with the ids in it replaced by those of resources that are there.
+fn with_ids(example: &Value, resources: &[(&str, String)]) -> Value {
+    match example {
+        Value::String(text) => {
+            let kinds = [("ds_", "dataset_id"), ("tok_", "tokenizer_id"), ("file-", "file_id"), ("model-", "model")];
+            let kind = kinds.iter().find(|(prefix, _)| text.starts_with(prefix));
+            let id = kind.and_then(|(_, name)| resources.iter().find(|(known, _)| known == name));
+            id.map_or_else(|| example.clone(), |(_, id)| json!(id))
+        }
+        Value::Array(items) => items.iter().map(|item| with_ids(item, resources)).collect(),
+        Value::Object(fields) => {
+            let fields = fields.iter().map(|(name, field)| (name.clone(), with_ids(field, resources)));
+            Value::Object(fields.collect())
+        }
+        other => other.clone(),
+    }
+}
+
+/// Every operation is carried out, or refused for a state that the fixture has (nothing is made, since no
+/// runner is there).
+#[sqlx::test(migrator = "lathe_api::MIGRATOR")]
+async fn a_good_request_is_answered_in_the_stated_shape(db: PgPool) {
+    let api = Api::start(db).await;
+    let resources = api.resources().await;
+    let unready = [
+        "list_dataset_rows",
+        "encode_text",
+        "decode_ids",
+        "count_tokens",
+        "create_completion",
+        "create_chat_completion",
+        "delete_file",
+        "delete_training_job",
+        "delete_model",
+        "delete_dataset",
+        "delete_tokenizer",
+        "resume_training_job",
+        "resume_fine_tuning_job",
+    ];
+    let mut operations = operations(&DOCUMENT);
+    // What ends something comes last, and the end of the key in use after all else.
+    operations.sort_by_key(|operation| {
+        (operation.id == "delete_key", operation.method == Method::DELETE, operation.id.starts_with("cancel_"))
+    });
+    for operation in operations {
+        let path = operation.path(&resources);
+        let bodies: Vec<Option<Value>> = match operation.examples(&DOCUMENT) {
+            examples if examples.is_empty() => vec![None],
+            examples => examples.iter().map(|example| Some(with_ids(example, &resources))).collect(),
+        };
+        let forms = operation.stated["requestBody"]["content"]["multipart/form-data"].is_object();
+        for body in bodies.iter().filter(|_| !forms) {
+            let (status, answer) = operation.send(&api, &path, &api.key, body.as_ref()).await;
+            let allowed = status.is_success()
+                || unready.contains(&operation.id.as_str()) && status == 409
+                || operation.id == "get_readiness" && status == 503
+                // The example's parts are nobody's.
+                || operation.id == "complete_upload" && status == 404;
+            assert!(allowed, "{} {path} {body:?}: {status} {answer}", operation.id);
+        }
     }
 }
 

@@ -117,8 +117,8 @@ pub struct TrainingJobObject {
     /// Id of the model that it makes, from the beginning.
     model: Option<String>,
     /// The shape, every field resolved; `vocabulary` is 0 until the tokenizer is known.
-    #[schema(value_type = Object)]
-    model_config: Value,
+    #[schema(value_type = Option<Object>)]
+    model_config: Option<Value>,
     base_model: Option<String>,
     dataset: Option<String>,
     tokenizer: Option<String>,
@@ -256,7 +256,7 @@ impl From<JobRow> for TrainingJobObject {
             state: row.state.into(),
             phase: row.phase.as_ref().and_then(|phase| serde_json::from_value(Value::String(phase.clone())).ok()),
             method: spec.and_then(|spec| reread(&spec.method)),
-            model_config: spec.and_then(|spec| serde_json::to_value(&spec.model).ok()).unwrap_or_default(),
+            model_config: spec.and_then(|spec| serde_json::to_value(&spec.model).ok()),
             validation: spec.and_then(|spec| reread(&spec.validation)),
             hyperparameters,
             steps: row.steps(spec),
