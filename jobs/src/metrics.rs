@@ -90,19 +90,24 @@ pub async fn record(conn: &mut PgConnection, lease: &Lease, batch: &Batch) -> Re
 /// The code of the events that carry metrics.
 pub const METRICS_EVENT: &str = "metrics";
 
-/// How many events with metrics a job has, about, besides those of its evaluations.
+/// How many events with metrics a job has, about, besides those of its evaluations, and how many of
+/// these at most: a long job's metrics are in `/metrics`, not among its events.
 const ANNOUNCEMENTS: i64 = 20;
+const EVALUATIONS: i64 = 1000;
 
-/// Adds an event for each evaluation and for every twentieth of the steps, once, also where a resumed
+fn is_announced(row: &MetricRow, steps: Option<i64>) -> bool {
+    let falls_on = |share: i64| row.step.is_multiple_of(steps.map_or(1, |steps| (steps / share).max(1)).unsigned_abs());
+    row.step > 0 && (falls_on(ANNOUNCEMENTS) || row.validation_loss.is_some() && falls_on(EVALUATIONS))
+}
+
+/// Adds an event for evaluations and for every twentieth of the steps, once, also where a resumed
 /// attempt repeats steps. For clients that follow events and know no metrics (OpenAI's).
 async fn announce(tx: &mut PgConnection, job_id: &str, rows: &BTreeMap<u64, MetricRow>) -> Result<(), sqlx::Error> {
     if rows.is_empty() {
         return Ok(());
     }
     let steps = sqlx::query_scalar!("SELECT steps FROM jobs WHERE id = $1", job_id).fetch_one(&mut *tx).await?;
-    let every = steps.map_or(1, |steps| (steps / ANNOUNCEMENTS).max(1)).unsigned_abs();
-    let due = rows.values().filter(|row| row.step > 0 && (row.validation_loss.is_some() || row.step % every == 0));
-    for row in due {
+    for row in rows.values().filter(|row| is_announced(row, steps)) {
         let known = sqlx::query_scalar!(
             r#"SELECT EXISTS (SELECT FROM job_events WHERE job_id = $1 AND code = $2 AND data -> 'step' = to_jsonb($3::bigint)) AS "known!""#,
             job_id,
@@ -217,6 +222,18 @@ mod tests {
 
     fn row(step: u64, loss: f64, validation_loss: Option<f64>) -> MetricRow {
         MetricRow { step, loss, learning_rate: 1e-3, grad_norm: 1.0, tokens: 8, tokens_per_second: 100.0, validation_loss }
+    }
+
+    #[test]
+    fn events_carry_a_bounded_share_of_the_metrics() {
+        let announced = |steps: i64, validated: bool| {
+            let rows = (0..=steps.unsigned_abs()).map(|step| row(step, 1.0, validated.then_some(1.0)));
+            rows.filter(|row| is_announced(row, Some(steps))).map(|row| row.step).collect::<Vec<_>>()
+        };
+        assert_eq!(announced(5, false), [1, 2, 3, 4, 5]);
+        assert_eq!(announced(200, false), (1..=20).map(|n| n * 10).collect::<Vec<_>>());
+        assert_eq!(announced(100, true).len(), 100);
+        assert_eq!(announced(50_000, true).len(), 1000);
     }
 
     #[test]
