@@ -67,6 +67,9 @@ pub enum Command {
     /// One job's work; started by a runner.
     #[command(hide = true)]
     Worker,
+    /// Print the devices of this machine; started by a runner, since a driver may crash.
+    #[command(hide = true)]
+    Devices,
     /// One replica of a model; started by a runner.
     #[command(hide = true)]
     Engine(EngineArgs),

@@ -111,7 +111,7 @@ pub async fn replay(State(state): State<AppState>, request: Request, next: Next)
             Some(fingerprint) => fingerprint.get().map(|form| hash(&line, form.as_bytes())),
             None => Some(identity.body_sha256.clone()),
         };
-        keep(&state.db, &identity, arrived, answer).await
+        keep(&state.db, identity, arrived, answer).await
     });
     answering.await.map_err(ApiError::internal)?
 }
@@ -207,11 +207,20 @@ fn repeated(status: StatusCode, response: Value) -> Response {
 
 /// Keeps an answer that will stay true to a request that has `arrived` (its hash); any other frees the
 /// identity for the next attempt.
-async fn keep(db: &PgPool, identity: &Identity, arrived: Option<String>, answer: Response) -> Result<Response, ApiError> {
+async fn keep(db: &PgPool, identity: Identity, arrived: Option<String>, answer: Response) -> Result<Response, ApiError> {
     let lasting = answer.status().is_success() || matches!(answer.status().as_u16(), 400 | 404 | 413 | 415 | 422);
     let (parts, body) = answer.into_parts();
     let bytes = parse::read_body(&parts.headers, body, ANSWER_LIMIT).await?;
     let kept = serde_json::from_slice::<Value>(&bytes).ok().filter(|_| lasting).zip(arrived);
+    if let Err(error) = store(db, &identity, parts.status, kept.as_ref()).await {
+        // What was asked for has happened; losing its record must not turn the answer into a failure.
+        tracing::warn!(%error, "the answer to a creation waits for the database");
+        tokio::spawn(store_later(db.clone(), identity, parts.status, kept));
+    }
+    Ok(Response::from_parts(parts, Body::from(bytes)))
+}
+
+async fn store(db: &PgPool, identity: &Identity, status: StatusCode, kept: Option<&(Value, String)>) -> Result<(), sqlx::Error> {
     let stored = match kept {
         Some((response, arrived)) => {
             sqlx::query!(
@@ -220,7 +229,7 @@ async fn keep(db: &PgPool, identity: &Identity, arrived: Option<String>, answer:
                  WHERE project_id = $1 AND key = $2",
                 identity.project_id,
                 identity.key,
-                i32::from(parts.status.as_u16()),
+                i32::from(status.as_u16()),
                 response,
                 identity.kept,
                 arrived,
@@ -234,9 +243,16 @@ async fn keep(db: &PgPool, identity: &Identity, arrived: Option<String>, answer:
                 .await
         }
     };
-    if let Err(error) = stored {
-        // What was asked for has happened; losing its record must not turn the answer into a failure.
-        tracing::warn!(%error, "the answer to a creation could not be kept");
+    stored.map(drop)
+}
+
+/// Stores as soon as the database is back, before the reservation becomes void.
+async fn store_later(db: PgPool, identity: Identity, status: StatusCode, kept: Option<(Value, String)>) {
+    for _ in 0..100 {
+        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+        if store(&db, &identity, status, kept.as_ref()).await.is_ok() {
+            return;
+        }
     }
-    Ok(Response::from_parts(parts, Body::from(bytes)))
+    tracing::error!("the answer to a creation could not be kept");
 }

@@ -7,6 +7,7 @@
 
 pub mod auth;
 pub mod children;
+mod commit;
 pub mod config;
 pub mod connection;
 pub mod datadir;

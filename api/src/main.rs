@@ -13,7 +13,7 @@ use lathe_api::{
     state::{self, AppState},
     supervisor::{self, Database, ServeError},
 };
-use lathe_jobs::{artifacts::Artifacts, runner};
+use lathe_jobs::{artifacts::Artifacts, runner, store_id};
 use tokio::signal::unix::{SignalKind, signal};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
@@ -38,6 +38,10 @@ fn run(command: Command, log: &LogOptions) -> Result<ExitCode, Box<dyn Error + S
     // Tensor work has threads of its own, set before the first tensor; tokio is for the others.
     if let Command::Worker = command {
         return Ok(ExitCode::from(u8::try_from(lathe_jobs::run::worker::run()).unwrap_or(1)));
+    }
+    if let Command::Devices = command {
+        println!("{}", serde_json::to_string(&lathe_model::device::find())?);
+        return Ok(ExitCode::SUCCESS);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -66,7 +70,7 @@ fn run(command: Command, log: &LogOptions) -> Result<ExitCode, Box<dyn Error + S
                 database.close().await;
                 Ok(std::io::stdout().write_all(done?.as_bytes())?)
             }
-            Command::Worker => Ok(()),
+            Command::Worker | Command::Devices => Ok(()),
         }
     })?;
     Ok(ExitCode::SUCCESS)
@@ -86,8 +90,9 @@ async fn run_api(args: ApiArgs) -> Outcome {
     if let Some(key) = args.options.api_key.as_deref().filter(|key| !key.is_empty()) {
         auth::bootstrap(&mut conn, key).await?;
     }
-    drop(conn);
     let artifacts = Artifacts::open(args.store.folder(&args.database))?.with_reserve(args.store.disk_low_bytes);
+    store_id::write(&mut conn, &artifacts).await?;
+    drop(conn);
     let state = AppState::new(db, artifacts, args.options.config(&args.store));
     let (stop, shutdown) = (stopped()?, state.shutdown.clone());
     tokio::spawn(async move {

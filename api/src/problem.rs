@@ -200,7 +200,8 @@ fn database_lost() -> ApiError {
     ApiError::unavailable("database_unavailable", 2, "The database cannot be reached just now; try again in a few seconds.")
 }
 
-fn is_connection_loss(error: &sqlx::Error) -> bool {
+/// Whether the connection is lost, and with it what the database would have answered.
+pub(crate) fn is_connection_loss(error: &sqlx::Error) -> bool {
     matches!(
         error,
         sqlx::Error::Io(_)

@@ -44,6 +44,9 @@ impl ArtifactError {
     }
 }
 
+/// Token shards, shared by all jobs of a store and named by their content.
+pub const SHARDS: &str = "cache/shards";
+
 /// Bytes of an upload between two looks at the disk.
 const LOOK_EVERY: u64 = 64 << 20;
 
@@ -148,9 +151,10 @@ impl Artifacts {
                     fs::rename(&path, &doomed)?;
                     fs::remove_dir_all(doomed)
                 }
-                Ok(_) => fs::remove_file(path),
+                Ok(_) => fs::remove_file(&path),
             }
         })();
+        self.remove_empty_parents(key);
         removed.map_err(|source| ArtifactError::Io { key: key.to_owned(), source })
     }
 
@@ -174,6 +178,15 @@ impl Artifacts {
         Ok((found.blocks_available().saturating_mul(size), found.blocks().saturating_mul(size)))
     }
 
+    /// Folders between the root's own and a removed key; one that something else is in stays.
+    fn remove_empty_parents(&self, key: &str) {
+        for parent in Path::new(key).ancestors().skip(1).filter(|parent| parent.components().count() > 1) {
+            if fs::remove_dir(self.root.join(parent)).is_err() {
+                return;
+            }
+        }
+    }
+
     async fn check_reserve(&self) -> Result<(), ArtifactError> {
         let artifacts = self.clone();
         let disk = tokio::task::spawn_blocking(move || artifacts.disk()).await;
@@ -189,7 +202,7 @@ impl Artifacts {
         tree_size(&self.path(key)).map_err(|source| ArtifactError::Io { key: key.to_owned(), source })
     }
 
-    fn publish(&self, key: &str, rename: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), ArtifactError> {
+    fn publish(&self, key: &str, rename: impl Fn(&Path) -> io::Result<()>) -> Result<(), ArtifactError> {
         if !plain(key) {
             return Err(ArtifactError::BadKey(key.to_owned()));
         }
@@ -197,7 +210,14 @@ impl Artifacts {
         let published = (|| {
             let parent = to.parent().unwrap_or(&self.root);
             fs::create_dir_all(parent)?;
-            rename(&to)?;
+            match rename(&to) {
+                // Somebody removed the parent, empty as it was, between the two.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && !parent.exists() => {
+                    fs::create_dir_all(parent)?;
+                    rename(&to)?;
+                }
+                renamed => renamed?,
+            }
             fs::File::open(parent)?.sync_all()
         })();
         published.map_err(|source| ArtifactError::Io { key: key.to_owned(), source })

@@ -34,3 +34,4 @@ pub mod runner;
 pub mod settle;
 pub mod spec;
 pub mod state;
+pub mod store_id;

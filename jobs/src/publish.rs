@@ -1,8 +1,9 @@
 //! From a worker's staging folder to a resource that is ready.
 //!
 //! Runs inside the transaction that ends the job: the folder is moved to its key while the attempt is
-//! held, so a runner that has lost its lease never replaces what a later attempt published. If the
-//! commit fails after the move, the folder belongs to no ready row and the next attempt replaces it.
+//! held. The key names the attempt, so a runner that has lost its lease without knowing never replaces
+//! what a later attempt published. If the commit fails after the move, no row names the folder, and
+//! housekeeping sweeps it.
 
 use std::path::PathBuf;
 
@@ -43,7 +44,7 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
                 unclaimed(lease);
                 return Ok(());
             };
-            let key = format!("models/{id}");
+            let key = format!("models/{id}/{}", lease.attempt);
             let bytes = put(artifacts, folder, &key).await?;
             sqlx::query!("UPDATE jobs SET trained_tokens = $2 WHERE id = $1", lease.job_id, trained_tokens)
                 .execute(&mut *tx)
@@ -69,7 +70,7 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
                 unclaimed(lease);
                 return Ok(());
             };
-            let key = format!("tokenizers/{id}");
+            let key = format!("tokenizers/{id}/{}", lease.attempt);
             put(artifacts, folder, &key).await?;
             sqlx::query!(
                 "UPDATE tokenizers SET state = 'ready', artifact = $3, sha256 = $4, vocabulary = $5, added_roles = $6
@@ -91,7 +92,7 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
                 unclaimed(lease);
                 return Ok(());
             };
-            let key = format!("datasets/{id}");
+            let key = format!("datasets/{id}/{}", lease.attempt);
             put(artifacts, folder, &key).await?;
             sqlx::query!(
                 "UPDATE datasets SET state = 'ready', artifact = $3, sha256 = $4, statistics = $5

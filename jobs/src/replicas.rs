@@ -3,7 +3,8 @@
 //! Somebody who wants a model served inserts a queued row and waits until it is ready. A runner with
 //! memory for it claims the row, starts `lathe engine`, and keeps the lease. Replicas that nobody uses
 //! are unloaded. An engine that dies while it loads fails its row; one that dies later, or no longer
-//! says that it is alive, is queued again. A database that is away stops no engine.
+//! says that it is alive, is queued again after a pause, until it has died [`DEATHS`] times without
+//! living long in between. A database that is away stops no engine.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,7 +18,7 @@ use crate::{
     runner::{
         Context,
         child::{Bounds, Child, Start},
-        failure,
+        crash_message, failure,
     },
     settle,
     state::ReplicaState,
@@ -38,6 +39,10 @@ const SILENCE: Duration = Duration::from_secs(10);
 const DRAIN: Duration = Duration::from_secs(30);
 /// The same when the runner itself stops.
 const DRAIN_AT_STOP: Duration = Duration::from_secs(3);
+/// Deaths one soon after another at which a replica fails: its model, or what it is asked, kills it.
+const DEATHS: i32 = 3;
+/// An engine that has lived so long has died of something new.
+const LIVED_SECONDS: f64 = 300.0;
 /// A replica is not unloaded for another one sooner after its last use.
 const EVICT_AFTER_SECONDS: f64 = 10.0;
 
@@ -98,7 +103,7 @@ pub async fn keep(context: Arc<Context>) {
 async fn claim(context: &Context) -> Result<Option<Claimed>, sqlx::Error> {
     let mut tx = context.db.begin().await?;
     let Some(next) = sqlx::query!(
-        "SELECT id, memory_bytes FROM replicas WHERE state = 'queued' ORDER BY created_at, id FOR UPDATE SKIP LOCKED LIMIT 1"
+        "SELECT id, memory_bytes FROM replicas WHERE state = 'queued' AND run_after <= now() ORDER BY created_at, id FOR UPDATE SKIP LOCKED LIMIT 1"
     )
     .fetch_optional(&mut *tx)
     .await?
@@ -159,8 +164,8 @@ enum End {
     Stopped,
     /// It never came to be ready.
     NotLoaded(String),
-    /// It was ready, and died or hangs.
-    Died,
+    /// It was ready, and died or hangs; how, in a sentence.
+    Died(String),
     LeaseLost,
 }
 
@@ -174,16 +179,20 @@ async fn serve(context: Arc<Context>, replica: Claimed) {
         arguments.push("--deterministic-decode".into());
     }
     let environment = vec![(SECRET_VARIABLE, replica.secret.clone()), ("MKL_CBWR", "AUTO".into())];
-    let start = Start { program: context.config.program.clone(), arguments, environment, log, bounds: Bounds::default() };
+    let start =
+        Start { program: context.config.program.clone(), arguments, environment, log: log.clone(), bounds: Bounds::default() };
     let end = match Child::start(start).await {
         Ok(mut engine) => {
             let end = attend(&context, &replica, &mut engine).await;
-            if matches!(end, End::Died) {
+            if matches!(&end, End::Died(how) if !how.is_empty()) {
                 engine.kill();
             }
             let drain = if context.is_stopping() { DRAIN_AT_STOP } else { DRAIN };
-            engine.stop(drain).await;
-            end
+            let status = engine.stop(drain).await;
+            match end {
+                End::Died(how) if how.is_empty() => End::Died(crash_message("engine", status, &log)),
+                other => other,
+            }
         }
         Err(error) => End::NotLoaded(format!("The engine could not be started: {error}")),
     };
@@ -226,15 +235,14 @@ async fn attend(context: &Context, replica: &Claimed, engine: &mut Child) -> End
                         continue;
                     }
                 },
-                Ok(false) | Err(_) if ready => return End::Died,
+                Ok(false) | Err(_) if ready => return End::Died(String::new()),
                 Ok(false) | Err(_) => return End::NotLoaded("The engine ended while it loaded the model; its log says why.".into()),
             },
             _ = beat.tick() => {}
             () = wake => {}
             () = tokio::time::sleep_until(silent), if !ready => return End::NotLoaded("The engine did not load the model in time.".into()),
             () = tokio::time::sleep_until(silent), if ready => {
-                tracing::error!(replica.id = replica.id, "an engine no longer says that it is alive");
-                return End::Died;
+                return End::Died("The engine no longer said that it was alive, and was killed.".into());
             }
             () = context.must_stop() => return End::Stopped,
         }
@@ -281,7 +289,7 @@ async fn renew(context: &Context, replica: &Claimed, in_use: bool) -> Result<Sta
 async fn announce(db: &PgPool, replica: &Claimed, loaded: &Ready) -> Result<bool, sqlx::Error> {
     let mut tx = db.begin().await?;
     let changed = sqlx::query!(
-        "UPDATE replicas SET state = 'ready', address = $2, memory_bytes = $3, last_used_at = now()
+        "UPDATE replicas SET state = 'ready', address = $2, memory_bytes = $3, last_used_at = now(), ready_at = now()
          WHERE lease_token = $1 AND state = 'starting'",
         replica.token,
         loaded.address,
@@ -319,21 +327,49 @@ async fn settle_end(db: &PgPool, replica: &Claimed, end: &End) -> Result<(), sql
             .execute(&mut *tx)
             .await?;
         }
-        End::Died => {
-            tracing::error!(replica.id = replica.id, "an engine died; its model is loaded again");
-            sqlx::query!(
-                "UPDATE replicas SET state = CASE WHEN state = 'stopping' THEN 'stopped' ELSE 'queued' END,
-                     stopped_at = CASE WHEN state = 'stopping' THEN now() END,
-                     lease_token = NULL, expires_at = NULL, address = NULL, runner_id = NULL
-                 WHERE lease_token = $1 AND state IN ('ready', 'stopping')",
-                replica.token
-            )
-            .execute(&mut *tx)
-            .await?;
-        }
+        End::Died(how) => settle_death(&mut tx, replica, how).await?,
     }
     notify(&mut tx, &replica.id).await?;
     tx.commit().await
+}
+
+/// Queues a replica again whose engine has died, later each time, or fails it.
+async fn settle_death(tx: &mut PgConnection, replica: &Claimed, how: &str) -> Result<(), sqlx::Error> {
+    let Some(row) = sqlx::query!(
+        r#"SELECT state AS "state: ReplicaState", failures, ready_at < now() - make_interval(secs => $2) AS lived FROM replicas
+           WHERE lease_token = $1 AND state IN ('ready', 'stopping') FOR UPDATE"#,
+        replica.token,
+        LIVED_SECONDS,
+    )
+    .fetch_optional(&mut *tx)
+    .await?
+    else {
+        return Ok(());
+    };
+    let deaths = if row.lived == Some(true) { 1 } else { row.failures + 1 };
+    let state = match row.state {
+        ReplicaState::Stopping => ReplicaState::Stopped,
+        _ if deaths >= DEATHS => ReplicaState::Failed,
+        _ => ReplicaState::Queued,
+    };
+    tracing::error!(replica.id = replica.id, replica.deaths = deaths, how, "an engine died");
+    let message = format!("It died {deaths} times soon after it was loaded. {how}");
+    let error = (state == ReplicaState::Failed).then(|| settle::error_of(&failure(FailureCode::WorkerCrashed, message, true)));
+    sqlx::query!(
+        "UPDATE replicas SET state = $2, failures = $3, error = $4, run_after = now() + make_interval(secs => $5),
+             stopped_at = CASE WHEN $2 = 'queued' THEN NULL ELSE now() END,
+             lease_token = NULL, expires_at = NULL, address = NULL, runner_id = NULL
+         WHERE lease_token = $1",
+        replica.token,
+        state.as_str(),
+        deaths,
+        error,
+        // The first death may be an accident, and somebody waits.
+        4f64.powi(deaths.clamp(1, 6) - 1) - 1.0,
+    )
+    .execute(tx)
+    .await
+    .map(drop)
 }
 
 /// Takes replicas back from runners that are gone.

@@ -1,9 +1,10 @@
 //! What a job is to do, as the column `jobs.spec` holds it.
 //!
 //! A request is parsed into a [`Spec`] once, at POST; runners trust it. `kind` in the JSON is the
-//! column `jobs.kind` too, except that an import is a job of kind `tokenizer`.
+//! column `jobs.kind` too, except that an import is a job of kind `tokenizer`. A job outlives the binary
+//! that stored it: [`Spec::read`] reads every earlier version.
 
-use lathe_model::config::JobSpec;
+use lathe_model::config::{JobSpec, SPEC_VERSION};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -33,7 +34,25 @@ pub enum Spec {
     Train(JobSpec),
 }
 
+/// A column that this binary does not read.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    #[error("it is of version {stored} and this binary reads up to {SPEC_VERSION}: start the newer one")]
+    Newer { stored: u64 },
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+}
+
 impl Spec {
+    /// Reads the column. What a later version has added has a default in these types, so version 1 is read
+    /// by the same ones.
+    pub fn read(column: serde_json::Value) -> Result<Spec, SpecError> {
+        match column["spec_version"].as_u64() {
+            Some(stored) if stored > u64::from(SPEC_VERSION) => Err(SpecError::Newer { stored }),
+            _ => Ok(serde_json::from_value(column)?),
+        }
+    }
+
     pub fn kind(&self) -> Kind {
         match self {
             Spec::Ingest { .. } => Kind::Ingest,

@@ -1,14 +1,15 @@
-//! Replicas, with a shell script in the engine's place, and what housekeeping sweeps.
+//! Replicas, with a shell script in the engine's place.
 
 use std::{
     os::unix::fs::PermissionsExt,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use lathe_jobs::{
     artifacts::Artifacts,
-    housekeeping, reaper,
+    reaper,
     runner::{self, RunnerConfig},
+    store_id,
 };
 use sqlx::{ConnectOptions, PgPool};
 use tokio::{sync::oneshot, task::JoinHandle};
@@ -20,7 +21,9 @@ test -n "$LATHE_ENGINE_SECRET" || exit 1
 test -z "$DATABASE_URL" || exit 1
 test -e "$here/broken" && exit 3
 echo $$ > "$here/pid"
+echo started >> "$here/starts"
 echo '{"ready":{"address":"127.0.0.1:9","memory_bytes":70}}' >&3
+test -e "$here/dies" && echo 'out of memory in layer 3' >&2 && kill -9 $$
 while :; do sleep 0.05; echo '{"alive":{"open":0}}' >&3; done
 "#;
 
@@ -38,7 +41,12 @@ impl World {
         ] {
             sqlx::query(statement).execute(&db).await.expect("an empty database");
         }
-        World { db, folder: tempfile::tempdir().expect("a temporary folder") }
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let artifacts = Artifacts::open(folder.path().join("artifacts")).expect("it is writable");
+        let mut conn = db.acquire().await.expect("the database is there");
+        store_id::write(&mut conn, &artifacts).await.expect("it is writable");
+        drop(conn);
+        World { db, folder }
     }
 
     fn start(
@@ -169,55 +177,20 @@ async fn replicas_of_a_runner_that_is_gone_are_taken_back(db: PgPool) {
 }
 
 #[sqlx::test(migrations = "../migrations")]
-async fn housekeeping_sweeps_what_nothing_refers_to_and_nothing_else(db: PgPool) {
+async fn an_engine_that_dies_again_and_again_fails_its_replica(db: PgPool) {
     let world = World::new(db).await;
-    let artifacts = Artifacts::open(world.folder.path()).expect("it is writable");
-    let old = SystemTime::now() - Duration::from_secs(2 * 24 * 3600);
-    let put = |key: &str| {
-        let path = artifacts.path(key);
-        std::fs::create_dir_all(path.parent().expect("a key has a parent")).expect("it is writable");
-        std::fs::write(&path, "x").expect("it is writable");
-        std::fs::File::open(&path).and_then(|file| file.set_modified(old)).expect("it is ours");
-        std::fs::File::open(path.parent().expect("a parent")).and_then(|folder| folder.set_modified(old)).expect("it is ours");
-    };
-    for key in [
-        "tmp/left",
-        "files/file-old",
-        "files/file-kept",
-        "parts/part-old",
-        "checkpoints/ftjob-1/1/10/weights",
-        "checkpoints/ftjob-1/1/20/weights",
-    ] {
-        put(key);
+    std::fs::write(world.folder.path().join("dies"), "").expect("it is writable");
+    let (stop, running) = world.start(|_| {});
+    world.want("replica_1").await;
+    world.reaches("replica_1", "failed").await;
+    let (message, failures): (String, i32) =
+        sqlx::query_as("SELECT error ->> 'message', failures FROM replicas").fetch_one(&world.db).await.expect("it failed");
+    assert_eq!(failures, 3);
+    for said in ["died 3 times", "signal 9", "out of memory in layer 3"] {
+        assert!(message.contains(said), "{message}");
     }
-    put("staging/job_gone/1/x");
-    std::fs::File::open(artifacts.path("staging/job_gone")).and_then(|folder| folder.set_modified(old)).expect("it is ours");
-    std::fs::write(artifacts.path("tmp/fresh"), "x").expect("it is writable");
-    for statement in [
-        "INSERT INTO files (id, project_id, filename, purpose, bytes, sha256, artifact, expires_at) VALUES
-             ('file-old', 'proj_1', 'a', 'user_data', 1, '0', 'files/file-old', now() - interval '1 day'),
-             ('file-kept', 'proj_1', 'b', 'user_data', 1, '0', 'files/file-kept', NULL)",
-        "INSERT INTO uploads (id, project_id, filename, purpose, mime_type, bytes, state, expires_at)
-             VALUES ('upload_1', 'proj_1', 'a', 'user_data', 'text/plain', 1, 'pending', now() - interval '1 day')",
-        "INSERT INTO upload_parts (id, upload_id, bytes, sha256, artifact) VALUES ('part-old', 'upload_1', 1, '0', 'parts/part-old')",
-        "INSERT INTO checkpoints (id, job_id, attempt, step, artifact, bytes) VALUES ('ftckpt_1', 'ftjob-1', 1, 20, 'checkpoints/ftjob-1/1/20', 1)",
-        "INSERT INTO idempotent_requests (project_id, key, body_sha256, expires_at) VALUES ('proj_1', 'k', '0', now() - interval '1 day')",
-    ] {
-        sqlx::query(statement).execute(&world.db).await.expect("a new row");
-    }
-    housekeeping::sweep(&world.db, &artifacts).await.expect("the database is there");
-    for (key, there) in [
-        ("tmp/left", false),
-        ("tmp/fresh", true),
-        ("files/file-old", false),
-        ("files/file-kept", true),
-        ("parts/part-old", false),
-        ("checkpoints/ftjob-1/1/10", false),
-        ("checkpoints/ftjob-1/1/20", true),
-        ("staging/job_gone", false),
-    ] {
-        assert_eq!(artifacts.path(key).exists(), there, "{key}");
-    }
-    let upload: String = sqlx::query_scalar("SELECT state FROM uploads").fetch_one(&world.db).await.expect("a row");
-    assert_eq!(upload, "expired");
+    let starts = std::fs::read_to_string(world.folder.path().join("starts")).expect("the engine has written it");
+    assert_eq!(starts.lines().count(), 3);
+    let _ = stop.send(());
+    running.await.expect("no panic").expect("it stops in order");
 }

@@ -8,11 +8,13 @@ use std::{
 };
 
 use lathe_jobs::{
+    artifacts::Artifacts,
     ids,
     queue::{self, NewJob},
-    runner::{self, RunnerConfig},
+    runner::{self, RunnerConfig, devices},
     spec::{DatasetSource, Spec},
     state::JobState,
+    store_id,
 };
 use serde_json::json;
 use sqlx::{ConnectOptions, PgPool};
@@ -25,6 +27,7 @@ use tokio::{
 
 /// Reads the task; `$out` is where its result goes.
 const BEGIN: &str = r#"#!/bin/sh
+test "$1" = worker || exit 1
 read -r spec
 out=$(printf '%s' "$spec" | sed 's/.*"output":"\([^"]*\)".*/\1/')
 here=$(dirname "$0")
@@ -59,7 +62,12 @@ impl World {
             .execute(&db)
             .await
             .expect("an empty database");
-        World { db, folder: tempfile::tempdir().expect("a temporary folder") }
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let artifacts = Artifacts::open(folder.path().join("artifacts")).expect("it is writable");
+        let mut conn = db.acquire().await.expect("the database is there");
+        store_id::write(&mut conn, &artifacts).await.expect("it is writable");
+        drop(conn);
+        World { db, folder }
     }
 
     fn config(&self, worker: &str) -> RunnerConfig {
@@ -184,9 +192,9 @@ async fn jobs_are_claimed_at_once_and_their_results_published(db: PgPool) {
         .fetch_one(&world.db)
         .await
         .expect("a row");
-    assert_eq!((state.as_str(), artifact), ("ready", format!("datasets/ds_{last}")));
+    assert_eq!((state.as_str(), artifact), ("ready", format!("datasets/ds_{last}/1")));
     let artifacts = world.folder.path().join("artifacts");
-    assert!(artifacts.join(format!("datasets/ds_{last}/manifest.json")).exists());
+    assert!(artifacts.join(format!("datasets/ds_{last}/1/manifest.json")).exists());
     running.stop().await;
     assert_eq!(
         std::fs::read_dir(artifacts.join("staging"))
@@ -296,6 +304,67 @@ async fn a_worker_whose_lease_is_lost_is_killed(db: PgPool) {
     ends(&world.marker("pid")).await;
     world.reaches(&id, JobState::Succeeded).await;
     assert_eq!(world.outcomes(&id).await, ["lost", "succeeded"]);
+    running.stop().await;
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn a_runner_on_another_folder_takes_nothing_until_it_is_the_api_s(db: PgPool) {
+    let world = World::new(db).await;
+    let mut config = world.config("succeed");
+    config.artifacts = world.folder.path().join("elsewhere");
+    let (ours, theirs) = (world.folder.path().join("artifacts/store_id"), config.artifacts.join("store_id"));
+    std::fs::create_dir(&config.artifacts).expect("it is writable");
+    std::fs::write(&theirs, "store_other").expect("it is writable");
+    let running = world.start(config);
+    assert!(until(|| async { world.number("SELECT count(*) FROM runners WHERE refused IS NOT NULL").await == 1 }).await);
+    let sentence: String = sqlx::query_scalar("SELECT refused FROM runners").fetch_one(&world.db).await.expect("a row");
+    assert!(sentence.contains("elsewhere") && sentence.contains("--artifacts"), "{sentence}");
+    let id = world.enqueue().await;
+    let renewed = "SELECT count(*) FROM runners WHERE expires_at > started_at + interval '4 seconds'";
+    assert!(until(|| async { world.number(renewed).await == 1 }).await, "it stays registered");
+    assert_eq!(world.state(&id).await, JobState::Queued);
+    // As when the folder is mounted in the end.
+    std::fs::copy(ours, theirs).expect("it is writable");
+    world.reaches(&id, JobState::Succeeded).await;
+    assert_eq!(world.number("SELECT count(*) FROM runners WHERE refused IS NULL").await, 1);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_driver_that_crashes_or_hangs_takes_no_runner_along() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = folder.path().join("lathe.sh");
+    let probe = async |script: &str, limit| {
+        // Written beside and renamed: a file that is open for writing cannot be run.
+        let staged = folder.path().join("staged");
+        std::fs::write(&staged, format!("#!/bin/sh\ntest \"$1\" = devices || exit 1\n{script}\n")).expect("it is writable");
+        std::fs::set_permissions(&staged, std::fs::Permissions::from_mode(0o700)).expect("it is ours");
+        std::fs::rename(&staged, &program).expect("it is ours");
+        devices::probe(&program, limit).await
+    };
+    let patience = Duration::from_secs(20);
+    let two = probe(r#"echo '{"cuda_devices":2,"cpu_cores":8,"reasons":["2 CUDA device(s)"]}'"#, patience).await;
+    assert_eq!((two.cuda_devices, two.cpu_cores), (2, 8));
+    for (script, limit, said) in [
+        ("kill -SEGV $$", patience, "signal 11"),
+        ("exit 7", patience, "7"),
+        ("echo nonsense", patience, "not understood"),
+        ("exec sleep 1000", Duration::from_millis(200), "0.2 seconds"),
+    ] {
+        let found = probe(script, limit).await;
+        assert!(found.cuda_devices == 0 && found.reasons[0].contains(said), "{script}: {found:?}");
+    }
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn below_the_low_mark_nothing_is_claimed(db: PgPool) {
+    let world = World::new(db).await;
+    let running = world.start(RunnerConfig { disk_low_bytes: u64::MAX, ..world.config("succeed") });
+    let id = world.enqueue().await;
+    assert!(until(|| async { world.number("SELECT count(*) FROM runners").await == 1 }).await);
+    let renewed = "SELECT count(*) FROM runners WHERE expires_at > started_at + interval '4 seconds'";
+    assert!(until(|| async { world.number(renewed).await == 1 }).await, "it has looked for work more than once");
+    assert_eq!(world.state(&id).await, JobState::Queued);
     running.stop().await;
 }
 

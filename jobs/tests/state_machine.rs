@@ -313,6 +313,104 @@ async fn random_walks_keep_every_promise(db: PgPool) {
     }
 }
 
+/// A client's action.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Action {
+    Cancel,
+    Pause,
+    Resume,
+    Delete,
+}
+
+impl Action {
+    async fn apply(self, world: &World, job: &str) -> Result<(), TransitionError> {
+        let mut conn = world.db.acquire().await?;
+        match self {
+            Action::Cancel => queue::cancel(&mut conn, job).await.map(drop),
+            Action::Pause => queue::pause(&mut conn, job).await.map(drop),
+            Action::Resume => queue::resume(&mut conn, job).await.map(drop),
+            Action::Delete => queue::delete(&mut conn, job).await.map(drop),
+        }
+    }
+
+    /// Where it leads; `None`: it is refused. A deletion keeps the state.
+    fn leads(self, from: JobState) -> Option<JobState> {
+        use JobState::*;
+        match (self, from) {
+            (Action::Cancel, Blocked | Queued | Paused | Cancelled) => Some(Cancelled),
+            (Action::Cancel, Running | Pausing | Cancelling) => Some(Cancelling),
+            (Action::Pause, Blocked | Queued | Paused) => Some(Paused),
+            (Action::Pause, Running | Pausing) => Some(Pausing),
+            (Action::Resume, Paused) => Some(Queued),
+            (Action::Resume, Blocked | Queued | Running) => Some(from),
+            (Action::Delete, Cancelled | Succeeded | Failed) => Some(from),
+            _ => None,
+        }
+    }
+}
+
+/// A job that was brought into a state by the ways that lead there.
+async fn job_in(world: &World, state: JobState) -> String {
+    let needs = match state {
+        JobState::Blocked => vec![world.enqueue("need", -9, &[]).await.expect("a new job")],
+        _ => Vec::new(),
+    };
+    let id = world.enqueue("subject", 9, &needs).await.expect("a new job");
+    let claim = async || {
+        let claimed = world.claim("runner_a").await.expect("it is queued");
+        assert_eq!(claimed.lease.job_id, id);
+        claimed.lease
+    };
+    match state {
+        JobState::Blocked | JobState::Queued => {}
+        JobState::Paused => Action::Pause.apply(world, &id).await.expect("it is queued"),
+        JobState::Cancelled => Action::Cancel.apply(world, &id).await.expect("it is queued"),
+        JobState::Running => drop(claim().await),
+        JobState::Pausing | JobState::Cancelling => {
+            claim().await;
+            let action = if state == JobState::Pausing { Action::Pause } else { Action::Cancel };
+            action.apply(world, &id).await.expect("it is running");
+        }
+        JobState::Succeeded => drop(world.succeed(&claim().await).await.expect("the lease is live")),
+        JobState::Failed => drop(world.finish(&claim().await, failure(false)).await.expect("the lease is live")),
+    }
+    assert_eq!(world.state(&id).await, state);
+    id
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn every_action_in_every_state_does_what_it_should_once(db: PgPool) {
+    let world = World::new(db).await;
+    for from in JobState::ALL {
+        for action in [Action::Cancel, Action::Pause, Action::Resume, Action::Delete] {
+            let id = job_in(&world, *from).await;
+            let before = world.fingerprint().await;
+            match (action.apply(&world, &id).await, action.leads(*from)) {
+                (Ok(()), Some(to)) => {
+                    assert_eq!(world.state(&id).await, to, "{action:?} of {from}");
+                    let done = world.fingerprint().await;
+                    let kept = to == *from && action != Action::Delete;
+                    assert_eq!(done == before, kept, "{action:?} of {from} becomes {to}");
+                    // Twice is once. What was deleted is not there any more.
+                    let again = action.apply(&world, &id).await;
+                    assert!(
+                        again.is_ok() || matches!(again, Err(TransitionError::NotFound)) && action == Action::Delete,
+                        "{again:?}"
+                    );
+                    assert_eq!(world.fingerprint().await, done, "{action:?} of {from}, again");
+                }
+                (Err(TransitionError::Illegal { from: named }), None) => {
+                    assert_eq!((named, world.fingerprint().await == before), (*from, true), "{action:?} of {from}");
+                }
+                (answer, expected) => panic!("{action:?} of {from}: {answer:?} and not {expected:?}"),
+            }
+            // Out of the queue, whatever it was.
+            let _ = Action::Cancel.apply(&world, &id).await;
+        }
+    }
+    assert_eq!(world.violations().await, Vec::<String>::new());
+}
+
 #[sqlx::test(migrations = "../migrations")]
 async fn the_highest_priority_then_the_longest_queued_goes_first(db: PgPool) {
     let world = World::new(db).await;
@@ -403,8 +501,9 @@ async fn a_lost_runner_costs_nothing_and_changes_nothing_when_it_is_back(db: PgP
     assert!(matches!(world.succeed(&stale).await, Err(LeaseError::Lost)));
     assert!(matches!(lease::heartbeat(&mut conn, &stale, 60.0, 3).await, Err(LeaseError::Lost)));
     world.succeed(&fresh).await.expect("the lease is live");
-    let published = std::fs::read_to_string(world.artifacts.path(&format!("datasets/ds_{}/manifest.json", fresh.job_id)))
-        .expect("it is published");
+    let published =
+        std::fs::read_to_string(world.artifacts.path(&format!("datasets/ds_{}/{}/manifest.json", fresh.job_id, fresh.attempt)))
+            .expect("it is published");
     assert_eq!(published, fresh.token);
     let failures: i32 = sqlx::query_scalar("SELECT failures FROM jobs").fetch_one(&world.db).await.expect("a row");
     assert_eq!(failures, 0);

@@ -5,12 +5,13 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use tch::{Cuda, Device};
 
 use crate::{protocol::DeviceChoice, shim};
 
 /// What was found, and the reasons in sentences, for the log and for `runners`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Found {
     pub cuda_devices: usize,
     pub cpu_cores: usize,
@@ -35,6 +36,11 @@ pub fn find() -> Found {
         count => format!("{count} CUDA device(s) through {}", library.display()),
     });
     found
+}
+
+/// Whether [`find`] would load CUDA's library into this process, and with it a driver that may crash.
+pub fn has_cuda_library() -> bool {
+    cuda_library().is_some()
 }
 
 /// The CUDA half in the folder that the CPU half was loaded from. The two must be of one build.

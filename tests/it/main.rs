@@ -5,6 +5,7 @@ mod auth;
 mod checkpoints;
 mod contract;
 mod demo;
+mod disk;
 mod edge;
 mod engine_faults;
 mod faults;

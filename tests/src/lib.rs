@@ -15,7 +15,7 @@ use serde_json::Value;
 
 pub use self::{
     processes::{Kind, still_running},
-    stack::{Builder, TestApp, lathe},
+    stack::{Builder, TestApp, can_mount, lathe},
 };
 
 /// The admin key of every [`TestApp`].

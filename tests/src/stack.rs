@@ -42,12 +42,13 @@ pub struct Builder {
     lease_seconds: f64,
     embedded: bool,
     leaves_jobs: bool,
+    disk_bytes: Option<u64>,
     arguments: Vec<String>,
 }
 
 impl Default for Builder {
     fn default() -> Self {
-        Builder { runners: 1, lease_seconds: 2.0, embedded: false, leaves_jobs: false, arguments: Vec::new() }
+        Builder { runners: 1, lease_seconds: 2.0, embedded: false, leaves_jobs: false, disk_bytes: None, arguments: Vec::new() }
     }
 }
 
@@ -71,6 +72,13 @@ impl Builder {
     /// The test ends with unfinished jobs, on purpose.
     pub fn leaves_jobs(mut self) -> Self {
         self.leaves_jobs = true;
+        self
+    }
+
+    /// Artifacts on a file system of their own and of this size, in a mount namespace of the stack's; its
+    /// content goes with the stack. See [`can_mount`].
+    pub fn small_disk(mut self, bytes: u64) -> Self {
+        self.disk_bytes = Some(bytes);
         self
     }
 
@@ -183,7 +191,10 @@ impl TestApp {
 
     /// `lathe serve` as this app runs it.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(lathe());
+        let mut command = match self.builder.disk_bytes {
+            Some(bytes) => self.in_namespace(bytes),
+            None => Command::new(lathe()),
+        };
         command.args(["serve", "--listen", "127.0.0.1:0", "--runners", &self.builder.runners.to_string()]);
         command.args(["--lease-seconds", &self.builder.lease_seconds.to_string()]).args(&self.builder.arguments);
         command.env("LATHE_DATA_DIR", &self.data_dir).env("LATHE_API_KEY", KEY).env_remove("DATABASE_URL");
@@ -191,6 +202,28 @@ impl TestApp {
             command.env("DATABASE_URL", &database.url);
         }
         command
+    }
+
+    /// `lathe` with a tmpfs at its artifacts, which only its processes see.
+    fn in_namespace(&self, bytes: u64) -> Command {
+        let artifacts = self.data_dir.join("artifacts");
+        fs::create_dir_all(&artifacts).expect("the folder is ours");
+        let mut command = unshare();
+        command.args(["sh", "-c", r#"mount -t tmpfs -o size="$0",mode=700 tmpfs "$1" && shift && exec "$@""#]);
+        command.arg(bytes.to_string()).arg(artifacts).arg(lathe());
+        command
+    }
+
+    /// The artifacts as the stack sees them.
+    pub fn artifacts(&self) -> PathBuf {
+        let inside = self.data_dir.join("artifacts");
+        match (self.builder.disk_bytes, &self.serve) {
+            (Some(_), Some(serve)) => {
+                let root = PathBuf::from(format!("/proc/{}/root", serve.id()));
+                root.join(inside.strip_prefix("/").expect("it is absolute"))
+            }
+            _ => inside,
+        }
     }
 
     fn log(&self) -> PathBuf {
@@ -214,6 +247,13 @@ impl TestApp {
         processes::of_stack(&self.data_dir).into_iter().filter(|(_, found)| *found == Some(kind)).map(|(pid, _)| pid).collect()
     }
 
+    /// All of the embedded database's processes.
+    pub fn database_processes(&self) -> Vec<Pid> {
+        let is_postgres =
+            |pid: &Pid| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|program| program.ends_with("postgres"));
+        processes::of_stack(&self.data_dir).into_iter().map(|(pid, _)| pid).filter(is_postgres).collect()
+    }
+
     /// `kill -9` to every process of this kind; there must be one. Gives their ids.
     #[track_caller]
     pub fn kill(&self, kind: Kind) -> Vec<Pid> {
@@ -234,9 +274,15 @@ impl TestApp {
     /// SIGTERM to `serve`; gives the time until it had ended.
     #[track_caller]
     pub fn stop(&mut self) -> Duration {
+        self.stop_by(Signal::SIGTERM)
+    }
+
+    /// The same by another signal.
+    #[track_caller]
+    pub fn stop_by(&mut self, signal: Signal) -> Duration {
         let began = Instant::now();
         let Some(mut serve) = self.serve.take() else { return Duration::ZERO };
-        kill(pid_of(&serve), Signal::SIGTERM).expect("it is ours");
+        kill(pid_of(&serve), signal).expect("it is ours");
         let ended = (|| {
             while began.elapsed() < STOP_LIMIT {
                 if let Some(status) = serve.try_wait().expect("it is our child") {
@@ -276,6 +322,23 @@ impl TestApp {
         });
         asked.join().expect("the question is answered")
     }
+}
+
+/// A command in a mount namespace of its own; for other users than root, in a user namespace too.
+fn unshare() -> Command {
+    let mut command = Command::new("unshare");
+    command.arg("--mount");
+    if !nix::unistd::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    command.arg("--");
+    command
+}
+
+/// Whether this machine lets this user have a file system of a small size.
+pub fn can_mount() -> bool {
+    let tried = unshare().args(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/tmp"]).output();
+    tried.is_ok_and(|output| output.status.success())
 }
 
 fn pid_of(child: &Child) -> Pid {

@@ -12,6 +12,9 @@ use tokio::time::Instant;
 use super::models::Model;
 use crate::problem::ApiError;
 
+/// After a failure the same answer is given for this long, and no engine is started.
+const HOLD_OFF: Duration = Duration::from_secs(10);
+
 /// Where a model is served.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
@@ -71,7 +74,7 @@ async fn standing(db: &PgPool, model: &Model, waited: Duration) -> Result<Standi
            WHERE artifact = $1 AND state = 'failed' AND stopped_at > now() - make_interval(secs => $2)
            ORDER BY stopped_at DESC LIMIT 1"#,
         model.artifact,
-        waited.as_secs_f64()
+        waited.max(HOLD_OFF).as_secs_f64()
     )
     .fetch_optional(db)
     .await?;

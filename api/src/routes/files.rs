@@ -21,6 +21,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     auth::Project,
+    commit::commit,
     metadata::Metadata,
     multipart::{self, Expected},
     page::{List, Order, Page, fetch_page},
@@ -271,7 +272,11 @@ async fn register(db: &PgPool, file: NewFile<'_>, retried: bool) -> Result<FileR
             return Ok(row);
         }
     }
-    insert_file(&mut conn, file).await
+    drop(conn);
+    let mut tx = db.begin().await?;
+    let row = insert_file(&mut tx, file).await?;
+    commit(db, tx).await?;
+    Ok(row)
 }
 
 fn is_retry(headers: &HeaderMap) -> bool {

@@ -21,6 +21,7 @@ use self::shapes::{
 use super::training::{self, JobRow, control::Action, create, select_jobs};
 use crate::{
     auth::Project,
+    commit::commit,
     metadata::Metadata,
     page::{List, Page, fetch_page},
     parse::{Body, NoBody, Path, Query},
@@ -84,7 +85,7 @@ async fn create_fine_tuning_job(
         if error.body.error.param.as_deref() == Some("base_model") { error.with_param("model") } else { error }
     })?;
     let row = find(&mut tx, &project.project_id, &id).await?;
-    tx.commit().await?;
+    commit(&state.db, tx).await?;
     Ok(Json(FineTuningJobObject::new(row, &project.project_id)))
 }
 

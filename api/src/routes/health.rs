@@ -99,11 +99,16 @@ async fn check_disk(state: &AppState) -> Check {
 }
 
 async fn check_runners(state: &AppState) -> Check {
-    let live = sqlx::query_scalar!(r#"SELECT count(*) AS "count!" FROM runners WHERE stopped_at IS NULL AND expires_at > now()"#)
-        .fetch_one(&state.db)
-        .await;
+    let live = sqlx::query_scalar!(
+        r#"SELECT count(*) AS "count!" FROM runners WHERE stopped_at IS NULL AND expires_at > now() AND refused IS NULL"#
+    )
+    .fetch_one(&state.db)
+    .await;
     let (ok, detail) = match live {
-        Ok(0) => (false, "no runner is there, so jobs wait; start `lathe runner`".to_owned()),
+        Ok(0) => (
+            false,
+            "no runner is at work, so jobs wait; start `lathe runner`, or see in /v1/runners why one is refused".to_owned(),
+        ),
         Ok(live) => (true, format!("{live} there")),
         Err(_) => (false, "the runners cannot be read".to_owned()),
     };

@@ -11,6 +11,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     auth::{self, Admin, Scope},
+    commit::commit,
     metadata::Metadata,
     page::{List, Order, Page, fetch_page},
     parse::{Body, OptionalBody, Path, Query},
@@ -76,6 +77,7 @@ async fn create_project(
     _: Admin,
     Body(request): Body<CreateProject>,
 ) -> Result<Json<ProjectObject>, ApiError> {
+    let mut tx = state.db.begin().await?;
     let row = sqlx::query_as!(
         ProjectRow,
         "INSERT INTO projects (id, name, metadata) VALUES ($1, $2, $3) RETURNING id, name, metadata, created_at",
@@ -83,8 +85,9 @@ async fn create_project(
         request.name,
         request.metadata.unwrap_or_default().to_row(),
     )
-    .fetch_one(&state.db)
+    .fetch_one(&mut *tx)
     .await?;
+    commit(&state.db, tx).await?;
     Ok(Json(row.into()))
 }
 

@@ -23,6 +23,8 @@ pub fn router() -> OpenApiRouter<AppState> {
 #[serde(rename_all = "lowercase")]
 pub enum RunnerState {
     Live,
+    /// It takes no work; `refused` says why.
+    Refused,
     Lost,
     Stopped,
 }
@@ -31,6 +33,7 @@ impl RunnerState {
     fn as_str(self) -> &'static str {
         match self {
             RunnerState::Live => "live",
+            RunnerState::Refused => "refused",
             RunnerState::Lost => "lost",
             RunnerState::Stopped => "stopped",
         }
@@ -49,9 +52,11 @@ pub struct RunnerObject {
     host: String,
     pid: i32,
     version: String,
-    /// `live`, `lost` (its lease ran out) or `stopped`.
+    /// `live`, `refused` (it takes no work), `lost` (its lease ran out) or `stopped`.
     #[schema(examples("live"))]
     state: String,
+    /// Why it takes no work, in a sentence.
+    refused: Option<String>,
     /// What was found and why.
     devices: Value,
     light_slots: i32,
@@ -88,6 +93,7 @@ struct RunnerRow {
     pid: i32,
     version: String,
     state: String,
+    refused: Option<String>,
     devices: Value,
     light_slots: i32,
     device_slots: i32,
@@ -112,10 +118,11 @@ async fn list_runners(
         RunnerRow,
         &state.db,
         &page,
-        r#"SELECT id, name, host, pid, version, state AS "state!", devices, light_slots, device_slots, started_at, expires_at, stopped_at,
+        r#"SELECT id, name, host, pid, version, state AS "state!", refused, devices, light_slots, device_slots, started_at, expires_at, stopped_at,
                   ARRAY(SELECT job_id FROM job_attempts a WHERE a.runner_id = r.id AND a.ended_at IS NULL) AS "jobs!"
            FROM (SELECT *, started_at AS created_at,
-                        CASE WHEN stopped_at IS NOT NULL THEN 'stopped' WHEN expires_at <= now() THEN 'lost' ELSE 'live' END AS state FROM runners) r
+                        CASE WHEN stopped_at IS NOT NULL THEN 'stopped' WHEN expires_at <= now() THEN 'lost'
+                             WHEN refused IS NOT NULL THEN 'refused' ELSE 'live' END AS state FROM runners) r
            WHERE ($4::text IS NULL OR state = $4) AND ($5::text IS NULL OR name = $5)"#,
         query.state.map(RunnerState::as_str),
         query.name,
@@ -128,6 +135,7 @@ async fn list_runners(
         pid: row.pid,
         version: row.version,
         state: row.state,
+        refused: row.refused,
         devices: row.devices,
         light_slots: row.light_slots,
         device_slots: row.device_slots,

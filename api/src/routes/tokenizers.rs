@@ -26,6 +26,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::datasets;
 use crate::{
     auth::Project,
+    commit::commit,
     made::{delete_made, find_usable},
     metadata::Metadata,
     page::{List, Page, fetch_page},
@@ -203,7 +204,7 @@ async fn create_tokenizer(
         CreateTokenizer::Import(body) => insert_imported(&mut tx, &project.project_id, body).await?,
     };
     let row = find(&mut tx, &project.project_id, &id).await?;
-    tx.commit().await?;
+    commit(&state.db, tx).await?;
     Ok((StatusCode::CREATED, Json(row.into())))
 }
 

@@ -23,6 +23,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::files::{self, ExpiresAfter, FileObject, FileRow, NewFile, Purpose};
 use crate::{
     auth::Project,
+    commit::commit,
     metadata::Metadata,
     multipart::{self, Expected},
     parse::{Body, NoBody, Path},
@@ -120,6 +121,7 @@ async fn create_upload(
     if request.bytes.unsigned_abs() > state.config.file_limit {
         return Err(ApiError::too_large("The file", state.config.file_limit).with_param("bytes"));
     }
+    let mut tx = state.db.begin().await?;
     let row = sqlx::query_as!(
         UploadRow,
         "INSERT INTO uploads (id, project_id, filename, purpose, mime_type, bytes, state, file_expires_after, metadata, expires_at)
@@ -134,8 +136,9 @@ async fn create_upload(
         request.expires_after.map(|expiry| expiry.seconds),
         request.metadata.unwrap_or_default().to_row(),
     )
-    .fetch_one(&state.db)
+    .fetch_one(&mut *tx)
     .await?;
+    commit(&state.db, tx).await?;
     Ok(Json(row.object(None)))
 }
 
@@ -245,7 +248,7 @@ async fn add_part(state: &AppState, upload_id: &str, id: &str, written: &Written
     )
     .fetch_one(&mut *transaction)
     .await?;
-    transaction.commit().await?;
+    commit(&state.db, transaction).await?;
     Ok(created_at)
 }
 
@@ -385,7 +388,7 @@ async fn register(
         return Err(ApiError::conflict(format!("The upload `{}` was completed or cancelled meanwhile.", upload.id)));
     }
     let parts = drop_parts(&mut transaction, &upload.id).await?;
-    transaction.commit().await?;
+    commit(db, transaction).await?;
     Ok((file, parts))
 }
 

@@ -64,7 +64,7 @@ impl From<Failure> for PrepareError {
 
 /// Finds what a job needs and makes its staging folder, from which earlier attempts are swept.
 pub async fn prepare(context: &Context, claimed: &Claimed, device: &Device, staging: &Path) -> Result<Prepared, PrepareError> {
-    let spec = serde_json::from_value::<Spec>(claimed.spec.clone()).map_err(|error| {
+    let spec = Spec::read(claimed.spec.clone()).map_err(|error| {
         failure(
             FailureCode::Internal,
             format!("This version of the runner does not read the job's specification: {error}"),

@@ -9,13 +9,11 @@ use lathe_model::{
 
 use super::{PrepareError, Prepared, dataset_folder, existing, gone, prepared, tokenizer_folder};
 use crate::{
+    artifacts::SHARDS,
     checkpoints,
     lease::Claimed,
     runner::{Context, devices::Device},
 };
-
-/// Token shards, shared by all jobs of this artifact store and named by their content.
-const SHARDS: &str = "cache/shards";
 
 pub async fn prepare(
     context: &Context,

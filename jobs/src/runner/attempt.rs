@@ -536,7 +536,7 @@ impl Talk {
                 false,
             ));
         }
-        Ending::Failed(failure(FailureCode::WorkerCrashed, crash_message(status, log), true))
+        Ending::Failed(failure(FailureCode::WorkerCrashed, crash_message("worker", status, log), true))
     }
 }
 
@@ -560,7 +560,8 @@ fn clean(text: &str) -> String {
     text.replace('\0', "\u{fffd}")
 }
 
-fn crash_message(status: io::Result<ExitStatus>, log: &Path) -> String {
+/// How a child came to its end, in a sentence, with the last line of its log.
+pub fn crash_message(what: &str, status: io::Result<ExitStatus>, log: &Path) -> String {
     let how = match status {
         Ok(status) => match (status.code(), status.signal()) {
             (_, Some(libc::SIGKILL)) => "was killed by signal 9, which is what happens when memory runs out".to_owned(),
@@ -572,8 +573,8 @@ fn crash_message(status: io::Result<ExitStatus>, log: &Path) -> String {
         Err(error) => format!("cannot be waited for ({error})"),
     };
     match last_line(log) {
-        Some(line) => format!("The worker {how}. Its log ends with: {line}"),
-        None => format!("The worker {how}."),
+        Some(line) => format!("The {what} {how}. Its log ends with: {line}"),
+        None => format!("The {what} {how}."),
     }
 }
 

@@ -6,6 +6,7 @@
 //! starts all of them.
 
 use std::{
+    ffi::OsString,
     fs::{self, File},
     io,
     os::fd::{AsRawFd, OwnedFd},
@@ -137,12 +138,15 @@ impl Child {
         let _ = killpg(self.group, Signal::SIGKILL);
     }
 
-    /// Asks it to end, and kills it where it has not after `grace`.
-    pub async fn stop(&mut self, grace: Duration) {
+    /// Asks it to end, and kills it where it has not after `grace`. How it ended.
+    pub async fn stop(&mut self, grace: Duration) -> io::Result<ExitStatus> {
         let _ = killpg(self.group, Signal::SIGTERM);
-        if tokio::time::timeout(grace, self.process.wait()).await.is_err() {
-            self.kill();
-            let _ = self.process.wait().await;
+        match tokio::time::timeout(grace, self.process.wait()).await {
+            Ok(status) => status,
+            Err(_) => {
+                self.kill();
+                self.process.wait().await
+            }
         }
     }
 }
@@ -171,7 +175,7 @@ fn spawn(start: Start) -> io::Result<Child> {
     let descriptor = writer.as_raw_fd();
     let mut command = Command::new(&start.program);
     command.args(&start.arguments).stdin(Stdio::piped()).stdout(log.try_clone()?).stderr(log).env_clear().process_group(0);
-    command.envs(std::env::vars_os().filter(|(name, _)| INHERITED.iter().any(|known| name.to_string_lossy().starts_with(known))));
+    command.envs(inherited());
     command.envs(start.environment.iter().map(|(name, value)| (*name, value.as_str())));
     let (parent, bounds) = (std::process::id(), start.bounds);
     // SAFETY: between fork and exec the closure makes system calls only: no allocation, no lock.
@@ -201,6 +205,11 @@ fn spawn(start: Start) -> io::Result<Child> {
     let commands = process.stdin.take();
     let reports = BufReader::new(pipe::Receiver::from_owned_fd(OwnedFd::from(reports))?);
     Ok(Child { process, group, commands, reports })
+}
+
+/// The part of this process's environment that a child may see.
+pub fn inherited() -> impl Iterator<Item = (OsString, OsString)> {
+    std::env::vars_os().filter(|(name, _)| INHERITED.iter().any(|known| name.to_string_lossy().starts_with(known)))
 }
 
 /// Bounds on a child, and a place in front of this machine's other processes when memory runs out.

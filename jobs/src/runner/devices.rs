@@ -1,8 +1,19 @@
 //! What a runner has to offer: which devices were found, and why those.
+//!
+//! CUDA is asked about in a child (`lathe devices`): a driver that crashes or hangs takes that one along
+//! and not the runner, which then offers its cores.
 
-use lathe_model::protocol::DeviceChoice;
+use std::{os::unix::process::ExitStatusExt, path::Path, process::Stdio, time::Duration};
+
+use lathe_model::{device::Found, protocol::DeviceChoice};
 use serde::Serialize;
 use serde_json::Value;
+use tokio::process::Command;
+
+use super::child;
+
+/// How long the first question to a driver may take.
+const PROBE: Duration = Duration::from_secs(60);
 
 /// One device, as `runners.devices` shows it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -22,9 +33,38 @@ impl Device {
     }
 }
 
-/// The CUDA devices of this machine, or all its cores as one. Loads libtorch's CUDA half, so it blocks.
-pub fn find() -> Vec<Device> {
-    let found = lathe_model::device::find();
+/// The CUDA devices of this machine, or all its cores as one.
+pub async fn find(program: &Path) -> Vec<Device> {
+    if !lathe_model::device::has_cuda_library() {
+        // Without CUDA's library there is nothing to load.
+        return offer(lathe_model::device::find());
+    }
+    offer(probe(program, PROBE).await)
+}
+
+/// What `program devices` prints; where it does not, the reason and no CUDA device.
+pub async fn probe(program: &Path, limit: Duration) -> Found {
+    let mut command = Command::new(program);
+    command.arg("devices").stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
+    command.env_clear().envs(child::inherited());
+    let why = match tokio::time::timeout(limit, command.output()).await {
+        Err(_) => format!("it did not end in {} seconds", limit.as_secs_f64()),
+        Ok(Err(error)) => error.to_string(),
+        Ok(Ok(output)) if !output.status.success() => match output.status.signal() {
+            Some(signal) => format!("it was ended by signal {signal}"),
+            None => format!("it ended with {}", output.status),
+        },
+        Ok(Ok(output)) => match serde_json::from_slice::<Found>(&output.stdout) {
+            Ok(found) => return found,
+            Err(error) => format!("its answer is not understood: {error}"),
+        },
+    };
+    tracing::error!(why, "the child that looks for CUDA devices failed");
+    let reason = format!("no CUDA: the child that looks for its devices failed ({why}); see the runner's log");
+    Found { cuda_devices: 0, cpu_cores: cores(), reasons: vec![reason] }
+}
+
+fn offer(found: Found) -> Vec<Device> {
     let why = found.reasons.join("; ");
     if found.cuda_devices == 0 {
         return vec![cpu(&why)];

@@ -3,7 +3,8 @@
 //! Two pools of slots, light work and devices, each with a loop that claims when a slot is free:
 //! at once on a notification, and every second without one. A runner that is told to stop asks its
 //! workers to save, ends their attempts as interrupted and its replicas as stopped, and goes within
-//! ten seconds. A database that is away stops nothing that runs.
+//! ten seconds. A database that is away stops nothing that runs. A runner whose artifact folder is not
+//! the api's takes nothing and says so until it is.
 
 mod attempt;
 pub mod child;
@@ -14,8 +15,9 @@ use std::{
     collections::HashMap,
     net::{IpAddr, Ipv4Addr},
     path::PathBuf,
+    pin::Pin,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use sqlx::{
@@ -33,8 +35,9 @@ use crate::{
     lease::{self, Claimant, Lease},
     queue, reaper, replicas,
     state::Pool,
+    store_id::{self, StoreError},
 };
-pub(crate) use attempt::failure;
+pub(crate) use attempt::{crash_message, failure};
 use devices::Device;
 
 /// How often work is looked for without a notification.
@@ -93,12 +96,10 @@ impl RunnerConfig {
 
 #[derive(Debug, thiserror::Error)]
 pub enum RunnerError {
-    #[error(
-        "the artifact folder {folder} lacks {key}, which the database says is stored: give this runner the same folder (--artifacts) as the api"
-    )]
-    OtherArtifacts { folder: String, key: String },
     #[error(transparent)]
     Artifacts(#[from] ArtifactError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
     #[error("the runner needs the database: {0}")]
     Database(#[from] sqlx::Error),
 }
@@ -192,11 +193,8 @@ pub async fn run(config: RunnerConfig, shutdown: impl Future<Output = ()>) -> Re
         .acquire_timeout(Duration::from_secs_f64((config.lease_seconds / 3.0).clamp(1.0, 10.0)))
         .connect_with(options)
         .await?;
-    prove_shared(&db, &artifacts).await?;
     let offered = match config.offer_devices {
-        true => tokio::task::spawn_blocking(devices::find)
-            .await
-            .unwrap_or_else(|_| vec![devices::cpu("looking for CUDA devices failed")]),
+        true => devices::find(&config.program).await,
         false => Vec::new(),
     };
     let (stop, stopping) = watch::channel(false);
@@ -214,13 +212,16 @@ pub async fn run(config: RunnerConfig, shutdown: impl Future<Output = ()>) -> Re
         keep: Mutex::default(),
         config,
     });
-    register(&context, &offered).await?;
+    tokio::pin!(shutdown);
+    if !register_proven(&context, &offered, shutdown.as_mut()).await? {
+        return Ok(());
+    }
     let mut background = JoinSet::new();
     background.spawn(listen(context.clone()));
     background.spawn(stay_registered(context.clone()));
     background.spawn(watch_disk(context.clone()));
     background.spawn(reaper::run(context.db.clone(), context.artifacts.clone(), context.config.lease_seconds));
-    background.spawn(housekeeping::run(context.db.clone(), context.artifacts.clone()));
+    background.spawn(housekeeping::run(context.db.clone(), context.artifacts.clone(), context.config.disk_low_bytes));
     let mut work = JoinSet::new();
     let light =
         (0..context.config.light_slots).map(|_| Device { threads: devices::cores().div_ceil(2), ..devices::cpu("light work") });
@@ -236,39 +237,84 @@ pub async fn run(config: RunnerConfig, shutdown: impl Future<Output = ()>) -> Re
         let _ = tokio::time::timeout(Duration::from_millis(300), async { while work.join_next().await.is_some() {} }).await;
     }
     background.shutdown().await;
-    let unregister = sqlx::query!("UPDATE runners SET stopped_at = now() WHERE id = $1", context.runner_id);
-    let _ = tokio::time::timeout(Duration::from_millis(300), unregister.execute(&context.db)).await;
+    unregister(&context).await;
     Ok(())
 }
 
-/// A runner on another folder than the api's would fail every job, so it refuses to begin.
-async fn prove_shared(db: &PgPool, artifacts: &Artifacts) -> Result<(), RunnerError> {
-    let stored = sqlx::query_scalar!(
-        r#"SELECT artifact AS "artifact!" FROM (
-               (SELECT artifact, created_at FROM files WHERE deleted_at IS NULL ORDER BY created_at DESC LIMIT 3)
-               UNION ALL
-               (SELECT artifact, created_at FROM datasets WHERE deleted_at IS NULL AND state = 'ready' ORDER BY created_at DESC LIMIT 3)
-           ) newest"#
-    )
-    .fetch_all(db)
-    .await?;
-    // One that is being deleted may be gone already; all of them are not.
-    match stored.first() {
-        Some(key) if stored.iter().all(|key| !artifacts.path(key).exists()) => {
-            Err(RunnerError::OtherArtifacts { folder: artifacts.root().display().to_string(), key: key.clone() })
+/// How long a runner that starts beside its api waits for it before it says so.
+const API_STARTS: Duration = Duration::from_secs(5);
+
+/// Registers once the artifact folder is proven to be the api's. Until then the runner is registered as
+/// refused, with the sentence; false: it is to stop.
+async fn register_proven(
+    context: &Context,
+    offered: &[Device],
+    mut shutdown: Pin<&mut impl Future<Output = ()>>,
+) -> Result<bool, RunnerError> {
+    let began = Instant::now();
+    let mut said: Option<String> = None;
+    loop {
+        let mut conn = context.db.acquire().await?;
+        let refusal = store_id::refusal(&mut conn, &context.artifacts).await?;
+        drop(conn);
+        let waits = said.is_none() && began.elapsed() < API_STARTS && refusal.as_ref().is_some_and(|refusal| refusal.may_pass);
+        match refusal {
+            None if said.is_none() => return register(context, offered, None).await.map(|()| true).map_err(Into::into),
+            None => {
+                sqlx::query!("UPDATE runners SET refused = NULL WHERE id = $1", context.runner_id).execute(&context.db).await?;
+                tracing::info!(runner.id = context.runner_id, "the artifact folder is the api's: the runner begins to take work");
+                return Ok(true);
+            }
+            Some(_) if waits => {}
+            Some(store_id::Refusal { sentence, .. }) => {
+                refuse(context, offered, &sentence, said.is_none()).await?;
+                if said.as_ref() != Some(&sentence) {
+                    tracing::error!(runner.id = context.runner_id, "{sentence}");
+                }
+                said = Some(sentence);
+            }
         }
-        _ => Ok(()),
+        let pause = if waits { POLL / 20 } else { POLL };
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = &mut shutdown => {
+                unregister(context).await;
+                return Ok(false);
+            }
+        }
     }
 }
 
-async fn register(context: &Context, offered: &[Device]) -> Result<(), sqlx::Error> {
+/// Keeps the row of a runner that takes no work.
+async fn refuse(context: &Context, offered: &[Device], sentence: &str, first: bool) -> Result<(), sqlx::Error> {
+    if first {
+        return register(context, offered, Some(sentence)).await;
+    }
+    sqlx::query!(
+        "UPDATE runners SET refused = $2, expires_at = now() + make_interval(secs => $3), stopped_at = NULL WHERE id = $1",
+        context.runner_id,
+        sentence,
+        context.config.lease_seconds,
+    )
+    .execute(&context.db)
+    .await
+    .map(drop)
+}
+
+async fn unregister(context: &Context) {
+    let unregister = sqlx::query!("UPDATE runners SET stopped_at = now() WHERE id = $1", context.runner_id);
+    // What cannot be written in time runs out by itself.
+    let _ = tokio::time::timeout(Duration::from_millis(300), unregister.execute(&context.db)).await;
+}
+
+async fn register(context: &Context, offered: &[Device], refused: Option<&str>) -> Result<(), sqlx::Error> {
     for device in offered {
         tracing::info!(device.name = device.name, device.threads = device.threads, why = device.why, "offers a device");
     }
     let config = &context.config;
     sqlx::query!(
-        "INSERT INTO runners (id, name, host, pid, version, devices, light_slots, device_slots, expires_at)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, now() + make_interval(secs => $9))",
+        "INSERT INTO runners (id, name, host, pid, version, devices, light_slots, device_slots, expires_at, refused)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, now() + make_interval(secs => $9), $10)",
         context.runner_id,
         config.name,
         host(),
@@ -278,6 +324,7 @@ async fn register(context: &Context, offered: &[Device]) -> Result<(), sqlx::Err
         i32::try_from(config.light_slots).unwrap_or(i32::MAX),
         i32::try_from(offered.len()).unwrap_or(i32::MAX),
         config.lease_seconds,
+        refused,
     )
     .execute(&context.db)
     .await?;

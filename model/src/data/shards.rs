@@ -77,27 +77,42 @@ pub struct Shard {
 }
 
 impl Shard {
-    /// Finds the shard under `cache` or makes it. Two makers at once both succeed.
+    /// Finds the shard under `cache` or makes it. Two makers at once both succeed. Whoever keeps the cache
+    /// small removes whole folders, and first those that were changed longest ago.
     ///
     /// # Errors
     /// `context_too_short` names the first conversation that does not fit.
     pub fn prepare(cache: &Path, source: Source) -> Result<Shard, Failure> {
         let folder = cache.join(source.sha256());
-        if !folder.join("manifest.json").exists() {
-            std::fs::create_dir_all(cache).map_err(failure::io)?;
-            let staged = cache.join(format!("{}.{}.tmp", source.sha256(), std::process::id()));
-            let made = make(&staged, source);
-            if made.is_ok() && !folder.exists() {
-                // Losing a race leaves the winner's equal folder in place.
-                let renamed = std::fs::rename(&staged, &folder);
-                if !folder.join("manifest.json").exists() {
-                    renamed.map_err(failure::io)?;
-                }
+        Shard::make_if_missing(cache, &folder, source)?;
+        match Shard::open(&folder) {
+            // Removed between the two.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Shard::make_if_missing(cache, &folder, source)?;
+                Shard::open(&folder).map_err(failure::io)
             }
-            let _ = std::fs::remove_dir_all(&staged);
-            made?;
+            opened => opened.map_err(failure::io),
         }
-        Shard::open(&folder).map_err(failure::io)
+    }
+
+    fn make_if_missing(cache: &Path, folder: &Path, source: Source) -> Result<(), Failure> {
+        if folder.join("manifest.json").exists() {
+            // Used again. Where it cannot be said, the shard is made again one day.
+            let _ = File::open(folder).and_then(|folder| folder.set_modified(std::time::SystemTime::now()));
+            return Ok(());
+        }
+        std::fs::create_dir_all(cache).map_err(failure::io)?;
+        let staged = cache.join(format!("{}.{}.tmp", source.sha256(), std::process::id()));
+        let made = make(&staged, source);
+        if made.is_ok() && !folder.exists() {
+            // Losing a race leaves the winner's equal folder in place.
+            let renamed = std::fs::rename(&staged, folder);
+            if !folder.join("manifest.json").exists() {
+                renamed.map_err(failure::io)?;
+            }
+        }
+        let _ = std::fs::remove_dir_all(&staged);
+        made
     }
 
     fn open(folder: &Path) -> io::Result<Shard> {

@@ -20,6 +20,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     auth::Project,
+    commit::commit,
     made::{delete_made, find_usable},
     metadata::Metadata,
     page::{List, Page, fetch_page},
@@ -170,7 +171,7 @@ async fn create_dataset(
     let mut tx = conn.begin().await?;
     let id = new.insert(&mut tx, &project.project_id).await?;
     let row = find(&mut tx, &project.project_id, &id).await?;
-    tx.commit().await?;
+    commit(&state.db, tx).await?;
     Ok((StatusCode::CREATED, Json(row.into())))
 }
 

@@ -17,6 +17,7 @@ use sqlx::{Connection, PgConnection};
 use super::TrainingJobObject;
 use crate::{
     auth::Project,
+    commit::commit,
     metadata::Metadata,
     parse::Body,
     problem::ApiError,
@@ -54,7 +55,7 @@ pub(super) async fn create_training_job(
     let suffix = request.name.clone();
     let id = insert(&mut tx, &project.project_id, request, stored, suffix.as_deref()).await?;
     let row = super::find(&mut tx, &project.project_id, &id).await?;
-    tx.commit().await?;
+    commit(&state.db, tx).await?;
     Ok((StatusCode::CREATED, Json(row.into())))
 }
 
