@@ -41,7 +41,7 @@ static UNDISTURBED: OnceCell<String> = OnceCell::const_new();
 pub struct Bench {
     pub app: TestApp,
     request: Value,
-    weights: String,
+    pub weights: String,
 }
 
 impl Bench {
@@ -150,7 +150,7 @@ impl Bench {
         done
     }
 
-    async fn weights_of(&self, job: &Value) -> String {
+    pub async fn weights_of(&self, job: &Value) -> String {
         let model = self.app.get(&format!("/v1/models/{}", text(&job["model"]))).await.ok();
         assert_eq!(model["state"], "ready");
         text(&model["weights_sha256"]).to_owned()

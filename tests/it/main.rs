@@ -2,6 +2,7 @@
 
 mod api;
 mod auth;
+mod backup;
 mod checkpoints;
 mod contract;
 mod demo;

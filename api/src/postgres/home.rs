@@ -77,11 +77,13 @@ impl Home {
         let user = User::find()?;
         let note = data.path().join("postgres_folder");
         let folder = match fs::read_to_string(&note) {
-            Ok(text) => PathBuf::from(text.trim_end_matches('\n')),
+            // One inside is written relative to it, so that a copy of the directory has its own.
+            Ok(text) => data.path().join(text.trim_end_matches('\n')),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let folder = choose(data.path(), user.as_ref());
                 make_private(&folder, user.as_ref()).map_err(doing(format!("making {}", folder.display())))?;
-                fs::write(&note, format!("{}\n", folder.display())).map_err(doing(format!("writing {}", note.display())))?;
+                let named = folder.strip_prefix(data.path()).unwrap_or(&folder);
+                fs::write(&note, format!("{}\n", named.display())).map_err(doing(format!("writing {}", note.display())))?;
                 folder
             }
             Err(source) => return Err(doing(format!("reading {}", note.display()))(source)),

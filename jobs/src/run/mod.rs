@@ -102,20 +102,18 @@ fn hostile(task: Task) -> Prepared {
     Prepared { bounds, wall: Some(HOSTILE_WALL), ..prepared(task) }
 }
 
-/// An empty folder for this attempt. Those of earlier attempts go: they have ended.
+/// An empty folder for this attempt. Those of earlier attempts go, as far as they can: the worker of one
+/// that was lost may still write into its own, and housekeeping has the rest.
 async fn make_staging(staging: PathBuf) -> Result<(), Failure> {
     let made = tokio::task::spawn_blocking(move || {
-        if let Some(job) = staging.parent()
-            && job.exists()
-        {
-            fs::remove_dir_all(job)?;
+        if let Some(job) = staging.parent() {
+            let _ = fs::remove_dir_all(job);
         }
         fs::create_dir_all(&staging)
     })
     .await;
     match made {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(failure(FailureCode::DiskFull, format!("The attempt's folder could not be made: {error}"), true)),
+        Ok(made) => made.map_err(lathe_model::failure::io),
         Err(error) => Err(failure(FailureCode::Internal, error.to_string(), true)),
     }
 }
