@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup env build run demo test check fmt sqlx openapi
+.PHONY: help setup env build run demo test bench check fmt sqlx openapi
 
 # The build's environment, from what setup fetched. SQL is checked against .sqlx, so no build needs
 # a database.
@@ -31,6 +31,11 @@ demo: build ## Corpus to answering model in five minutes; stays serving until Ct
 test: setup ## Run every test
 	@$(ENV) cargo build --locked --workspace --all-targets; \
 	  python3 .ci/with_postgres.py cargo test --locked --workspace --no-fail-fast
+
+# Threads that wait sleep soon, as in a worker: spinning would measure what else the machine does.
+bench: setup ## Speed of training beside PyTorch's (fetched once, about 5 GB) and of decoding
+	@$(ENV) LATHE_PEER="$$(python3 docker/setup.py peer)"; export LATHE_PEER GOMP_SPINCOUNT=1000; \
+	  cargo bench --locked -p lathe-model
 
 check: setup ## Format, lints, generated files fresh
 	@$(ENV) cargo fmt --all --check; \

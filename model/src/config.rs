@@ -2,8 +2,8 @@
 //!
 //! A request is parsed once, at POST, into these types with every default that needs neither data
 //! nor device applied. What does need them (`steps`, the warm-up, the precision, …) is an
-//! `Option` that the first attempt's `preparing` phase fills through [`TrainConfig::resolve`]; it is
-//! then written into the row once and never changes. These types hold no defaults that depend on
+//! `Option` that the first attempt's `preparing` phase fills (see [`crate::train`]); it is then written
+//! into the row once and never changes. These types hold no defaults that depend on
 //! the machine and never read the environment.
 
 use serde::{Deserialize, Serialize};
@@ -192,6 +192,23 @@ pub struct JobSpec {
     /// Validation as asked for; ids are resolved to folders by the runner.
     pub validation: Option<Validation>,
     pub train: TrainConfig,
+}
+
+impl JobSpec {
+    /// Whether `preparing` has something to decide.
+    pub fn is_open(&self) -> bool {
+        let (Schedule::Cosine { warmup_steps, .. }
+        | Schedule::Linear { warmup_steps, .. }
+        | Schedule::Constant { warmup_steps, .. }) = &self.train.schedule;
+        let train = &self.train;
+        let evaluates = self.validation.is_some() || !train.sample_prompts.is_empty();
+        self.model.vocabulary == 0
+            || train.steps.is_none()
+            || train.micro_batch_size.is_none()
+            || train.precision.is_none()
+            || warmup_steps.is_none()
+            || evaluates && (train.evaluate_every.is_none() || train.sample_every.is_none())
+    }
 }
 
 /// How one sequence is continued. The same for the API, the engine and samples in training.

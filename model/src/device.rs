@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use tch::{Cuda, Device};
+use tch::{Cuda, Device, Tensor};
 
 use crate::{protocol::DeviceChoice, shim};
 
@@ -65,6 +65,15 @@ pub fn open(choice: DeviceChoice) -> Result<Device, String> {
             }
             Err(format!("CUDA device {index} is not available: {}", found.reasons.join("; ")))
         }
+    }
+}
+
+/// A tensor of the host on the device. The copy to CUDA is queued behind what runs there, from pinned
+/// memory, so the host does not wait for the device.
+pub fn upload(tensor: Tensor, device: Device) -> Tensor {
+    match device {
+        Device::Cuda(_) => tensor.pin_memory(device).to_device_(device, tensor.kind(), true, false),
+        _ => tensor,
     }
 }
 

@@ -148,9 +148,12 @@ pub enum Report {
         validation_loss: Option<f64>,
         best: bool,
     },
-    /// Heartbeat of the training loop itself: the last finished step.
+    /// Heartbeat of the training loop itself: the last finished step, and the wall time of one in this
+    /// process, evaluations and checkpoints included.
     Progress {
         step: u64,
+        #[serde(default)]
+        seconds_per_step: Option<f64>,
     },
     /// The task is done; `result` is what its kind produces.
     Done {
@@ -187,7 +190,8 @@ pub struct MetricRow {
     pub grad_norm: f64,
     /// Supervised tokens of this step.
     pub tokens: u64,
-    /// All tokens of the batches since the last row, by wall time.
+    /// All tokens of the step's batch by the time that the step took; evaluations and checkpoints are
+    /// not in it.
     pub tokens_per_second: f64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation_loss: Option<f64>,

@@ -318,6 +318,31 @@ impl Tokenizer {
         &self.config.added_roles
     }
 
+    /// Whether every id of `base` is the same token here, so that weights over `base` mean the same.
+    ///
+    /// # Errors
+    /// With the first id that is not.
+    pub fn extends(&self, base: &Tokenizer) -> Result<(), String> {
+        if self.sha256 == base.sha256 {
+            return Ok(());
+        }
+        if self.vocabulary() < base.vocabulary() {
+            return Err(format!("it has {} tokens, the base's has {}", self.vocabulary(), base.vocabulary()));
+        }
+        let differs = |id: &u32| {
+            self.is_reserved(*id) != base.is_reserved(*id)
+                || self.token_name(*id) != base.token_name(*id)
+                || self.token_bytes(*id) != base.token_bytes(*id)
+        };
+        if let Some(id) = (0..base.config.vocabulary).find(differs) {
+            return Err(format!("its token {id} is {:?}, the base's is {:?}", self.token_name(id), base.token_name(id)));
+        }
+        match Role::ALL.into_iter().find(|&role| self.config.roles.id(role) != base.config.roles.id(role)) {
+            Some(role) => Err(format!("its {} is not the base's", role.token())),
+            None => Ok(()),
+        }
+    }
+
     /// Over both files of the folder.
     pub fn sha256(&self) -> &str {
         &self.sha256

@@ -109,6 +109,8 @@ pub fn run(ingest: Ingest) -> i32 {
     // SAFETY: the runner opens this descriptor for the worker, and nothing else in the process uses it.
     let mut pipe = unsafe { File::from_raw_fd(REPORT_FD) };
     let control = Arc::new(Control::default());
+    // Before there is another thread, since every thread inherits it.
+    pause_on_sigterm(control.clone());
     let mut reporter = Reporter::new(|report| {
         let Ok(mut line) = serde_json::to_vec(&report) else { return };
         line.push(b'\n');
@@ -126,6 +128,26 @@ pub fn run(ingest: Ingest) -> i32 {
     let commands = control.clone();
     std::thread::spawn(move || follow(stdin, &commands));
     run_task(spec, &control, &mut reporter, ingest) as i32
+}
+
+/// SIGTERM is a pause: service managers send it to every process of a service, and what was trained is
+/// not to be lost. Waited for in a thread, because almost nothing may be done in a signal handler.
+fn pause_on_sigterm(control: Arc<Control>) {
+    // SAFETY: the set is initialised by `sigemptyset` before it is used, and outlives the calls.
+    let signals = unsafe {
+        let mut signals = std::mem::zeroed();
+        libc::sigemptyset(&mut signals);
+        libc::sigaddset(&mut signals, libc::SIGTERM);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &signals, std::ptr::null_mut());
+        signals
+    };
+    std::thread::spawn(move || {
+        let mut signal = 0;
+        // SAFETY: both pointers are valid for the call, which waits.
+        while unsafe { libc::sigwait(&signals, &mut signal) } == 0 {
+            control.command(Command::Pause);
+        }
+    });
 }
 
 fn read_spec(stdin: &mut impl BufRead) -> Result<WorkerSpec, String> {

@@ -17,3 +17,4 @@ mod lists;
 mod openai_sdk;
 mod processes;
 mod training;
+mod worker;

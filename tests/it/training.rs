@@ -5,6 +5,7 @@ use futures_util::StreamExt;
 use lathe_tests::TestApp;
 use reqwest::Method;
 use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection};
 
 pub fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_else(|| panic!("not a text: {value}"))
@@ -73,6 +74,55 @@ async fn from_rules_to_a_tuned_model() {
     let rest = follow(&app, &path(&tuning), Some(2)).await;
     assert_eq!(all, (1..=all.len() as u64).collect::<Vec<_>>());
     assert_eq!(rest, all[2..]);
+}
+
+/// The request of the smallest model that is worth training, and how soon it has taken a step.
+#[tokio::test]
+async fn the_first_step_ends_within_three_seconds_of_the_claim() {
+    let app = TestApp::start().await;
+    let (dataset, tokenizer) = ingredients(&app).await;
+    let body = json!({"method": {"type": "pretrain", "objective": "causal_lm"},
+        "model": {"architecture": "gpt", "layers": 4, "heads": 4, "width": 128, "context": 64},
+        "dataset": dataset, "tokenizer": tokenizer, "validation": {"fraction": 0.05},
+        "hyperparameters": {"steps": 10, "batch_size": 12, "micro_batch_size": 12, "precision": "bf16", "seed": 1, "clip": 1.0,
+            "optimizer": {"type": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.1},
+            "schedule": {"type": "cosine", "peak": 1e-3, "warmup_steps": 2, "floor": 1e-4},
+            "checkpoint_every": 200, "evaluate_every": 200, "keep_checkpoints": 2},
+        "name": "small", "priority": 0, "after": [], "metadata": {}});
+    let mut seconds = Vec::new();
+    // The first job makes the token shards. Of the others the quickest counts: the slower ones measure
+    // what else the machine does.
+    for _ in 0..4 {
+        let job = app.post_json("/v1/training/jobs", &body).await.ok();
+        let done = app.wait_for(&path(&job), &["succeeded"]).await;
+        let time = |field: &str| done[field].as_f64().unwrap_or_else(|| panic!("no {field}: {done}"));
+        seconds.push(time("first_step_at") - time("started_at"));
+        assert!(done["tokens_per_second"].as_f64() > Some(0.0), "{done}");
+    }
+    println!("from the claim to the first step: {seconds:?}");
+    let quickest = seconds[1..].iter().copied().fold(f64::INFINITY, f64::min);
+    assert!(quickest < 3.0, "{seconds:?}");
+}
+
+/// From queued to claimed, by the database's clock, on a runner that has nothing else to do.
+#[tokio::test]
+async fn an_idle_runner_claims_within_a_tenth_of_a_second() {
+    let app = TestApp::start().await;
+    for n in 0..15 {
+        let source = json!({"type": "template", "rows": 1, "seed": n, "templates": [{"instruction": "a", "output": "b"}]});
+        let dataset = app.post_json("/v1/datasets", &json!({"name": "one row", "source": source})).await.ok();
+        app.wait_for(&format!("/v1/datasets/{}", text(&dataset["id"])), &["ready"]).await;
+    }
+    let mut conn = PgConnection::connect(&app.database_url()).await.expect("the database is there");
+    let mut seconds: Vec<f64> = sqlx::query_scalar(
+        "SELECT extract(epoch FROM a.started_at - j.queued_at)::float8 FROM jobs j JOIN job_attempts a ON a.job_id = j.id AND a.n = 1",
+    )
+    .fetch_all(&mut conn)
+    .await
+    .expect("the tables are there");
+    seconds.sort_by(f64::total_cmp);
+    println!("from queued to claimed: median {} s, slowest {} s", seconds[7], seconds[14]);
+    assert!(seconds[0] > 0.0 && seconds[7] < 0.1, "{seconds:?}");
 }
 
 #[tokio::test]

@@ -72,7 +72,7 @@ async fn create_fine_tuning_job(
     let request = TrainRequest {
         train: train_config(&hyperparameters, &method, body.seed, validation.is_some())?,
         method,
-        origin: Origin::Base { model: body.model },
+        origin: Origin::Base { model: body.model, tokenizer: None },
         dataset,
         validation,
         max_attempts: MAX_ATTEMPTS,

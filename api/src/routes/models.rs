@@ -60,6 +60,9 @@ pub struct Lineage {
     pub base_model: Option<String>,
     pub dataset: Option<String>,
     pub tokenizer: Option<String>,
+    /// Roles that an uploaded tokenizer lacked and gained: so many rows of the embedding are not of its
+    /// own vocabulary.
+    pub added_roles: Vec<String>,
     pub code_version: String,
     /// As the job resolved them.
     pub hyperparameters: Option<Value>,
@@ -88,6 +91,7 @@ struct Row {
     base_model_id: Option<String>,
     dataset_id: Option<String>,
     tokenizer_id: Option<String>,
+    added_roles: Vec<String>,
     code_version: String,
     hyperparameters: Option<Value>,
     metadata: Value,
@@ -113,6 +117,7 @@ impl From<Row> for ModelObject {
                 base_model: row.base_model_id,
                 dataset: row.dataset_id,
                 tokenizer: row.tokenizer_id,
+                added_roles: row.added_roles,
                 code_version: row.code_version,
                 hyperparameters: row.hyperparameters,
             },
@@ -125,7 +130,9 @@ async fn find(db: &PgPool, project_id: &str, id: &str) -> Result<Row, ApiError> 
     sqlx::query_as!(
         Row,
         r#"SELECT m.id, m.project_id, m.name, m.state AS "state: ResourceState", m.error, m.parameters, m.weights_sha256, m.template, m.config,
-                  m.job_id, m.base_model_id, m.dataset_id, m.tokenizer_id, m.code_version, j.spec -> 'train' AS hyperparameters, m.metadata,
+                  m.job_id, m.base_model_id, m.dataset_id, m.tokenizer_id,
+                  coalesce((SELECT added_roles FROM tokenizers t WHERE t.id = m.tokenizer_id), '{}') AS "added_roles!",
+                  m.code_version, j.spec -> 'train' AS hyperparameters, m.metadata,
                   m.created_at
            FROM models m JOIN jobs j ON j.id = m.job_id WHERE m.id = $1 AND m.project_id = $2 AND m.deleted_at IS NULL"#,
         id,
@@ -178,7 +185,8 @@ async fn list_models(
         &state.db,
         &page,
         r#"SELECT id, project_id, name, state AS "state: ResourceState", error, parameters, weights_sha256, template, config,
-                  job_id, base_model_id, dataset_id, tokenizer_id, code_version,
+                  job_id, base_model_id, dataset_id, tokenizer_id,
+                  coalesce((SELECT added_roles FROM tokenizers t WHERE t.id = models.tokenizer_id), '{}') AS "added_roles!", code_version,
                   (SELECT j.spec -> 'train' FROM jobs j WHERE j.id = models.job_id) AS hyperparameters, metadata, created_at
            FROM models
            WHERE project_id = $4 AND deleted_at IS NULL AND ($5::text IS NULL OR state = $5) AND ($6::text IS NULL OR name = $6)"#,

@@ -89,7 +89,8 @@ pub struct ValidationDataset {
     pub dataset: String,
 }
 
-/// What to validate on.
+/// What to validate on. An evaluation reads all of it up to 1,024 sequences of the model's context; of
+/// more it reads as many, evenly spaced and the same ones each time.
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(untagged)]
 pub enum ValidationBody {
@@ -163,7 +164,7 @@ train_body! {
 }
 
 train_body! {
-    /// Tunes a model of the project to follow instructions. The shape and the tokenizer are the base's.
+    /// Tunes a model of the project to follow instructions. The shape is the base's.
     #[schema(example = json!({
         "method": {"type": "instruction", "template": "ins"}, "base_model": "model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N",
         "dataset": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "hyperparameters": {"epochs": 3, "batch_size": 32}, "name": "sums"
@@ -174,6 +175,9 @@ train_body! {
         base_model: String,
         /// Id of a dataset of conversations. One that is not ready is waited for.
         dataset: String,
+        /// Id of a tokenizer that only adds tokens to the base's; the embedding grows by them, and its
+        /// new rows start at the mean of the others. Default: the base's own.
+        tokenizer: Option<String>,
     }
 }
 
@@ -190,8 +194,8 @@ pub enum TrainBody {
 pub enum Origin {
     /// Fresh weights of this shape over this tokenizer.
     Fresh { model: ModelConfig, tokenizer: String },
-    /// A model's weights, shape and tokenizer.
-    Base { model: String },
+    /// A model's weights and shape, and its tokenizer unless another one is named.
+    Base { model: String, tokenizer: Option<String> },
 }
 
 /// A valid request: only the ids are unchecked.
@@ -237,7 +241,7 @@ impl TrainBody {
                 let template = match body.method.template {
                     Some(TemplateName::Ins) | None => Template::Ins,
                 };
-                let origin = Origin::Base { model: body.base_model.clone() };
+                let origin = Origin::Base { model: body.base_model.clone(), tokenizer: body.tokenizer.clone() };
                 body.request(Method::Instruction { template }, origin)
             }
         }

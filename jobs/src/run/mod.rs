@@ -29,8 +29,11 @@ use crate::{
     spec::Spec,
 };
 
-/// Address space of a child that reads what users uploaded.
+/// The most address space that a child gets that reads what users uploaded; less where the machine has
+/// less memory than twice this.
 const HOSTILE_MEMORY_BYTES: u64 = 32 << 30;
+/// What such a child gets in any case: libtorch alone maps half a gigabyte.
+const LEAST_MEMORY_BYTES: u64 = 4 << 30;
 /// Time that such a child may take, and processor time of all its threads.
 const HOSTILE_WALL: Duration = Duration::from_secs(24 * 3600);
 const HOSTILE_CPU_SECONDS: u64 = 48 * 3600;
@@ -98,8 +101,17 @@ fn prepared(task: Task) -> Prepared {
 
 /// A task that reads what users uploaded, in bounds.
 fn hostile(task: Task) -> Prepared {
-    let bounds = Bounds { memory_bytes: Some(HOSTILE_MEMORY_BYTES), cpu_seconds: Some(HOSTILE_CPU_SECONDS) };
+    let memory_bytes = (machine_memory_bytes() / 2).clamp(LEAST_MEMORY_BYTES, HOSTILE_MEMORY_BYTES);
+    let bounds = Bounds { memory_bytes: Some(memory_bytes), cpu_seconds: Some(HOSTILE_CPU_SECONDS) };
     Prepared { bounds, wall: Some(HOSTILE_WALL), ..prepared(task) }
+}
+
+/// Memory of this machine; where that is not told, none is assumed.
+fn machine_memory_bytes() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()).and_then(|kib| kib.parse::<u64>().ok());
+    kib.map_or(0, |kib| kib * 1024)
 }
 
 /// An empty folder for this attempt. Those of earlier attempts go, as far as they can: the worker of one

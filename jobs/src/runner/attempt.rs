@@ -486,9 +486,12 @@ impl Talk {
                 let first = attempt.advance(row.step);
                 outbox.gather(first, |batch| batch.metric(row));
             }
-            Report::Progress { step } => {
+            Report::Progress { step, seconds_per_step } => {
                 let first = attempt.advance(step);
-                outbox.gather(first, |batch| batch.step = Some(step));
+                outbox.gather(first, |batch| {
+                    batch.step = Some(step);
+                    batch.seconds_per_step = seconds_per_step.or(batch.seconds_per_step);
+                });
             }
             Report::Event { level, code, message, data } => {
                 outbox.gather(true, |batch| batch.events.push(event(level, &code, &message, data)));
@@ -521,6 +524,10 @@ impl Talk {
                 (false, true) => Ending::DiskLow,
                 (false, false) => Ending::Stopped,
             };
+        }
+        // Something else than this runner asked it to stop, and it has saved what it did.
+        if code == Some(Exit::Stopped as i32) {
+            return Ending::Interrupted;
         }
         if self.overdue {
             return Ending::Failed(failure(

@@ -38,14 +38,17 @@ impl Block {
 
     fn forward(&self, layer: usize, x_btc: &Tensor, angles: Option<&Angles>, pass: &mut Pass) -> Tensor {
         let attended = self.attention.forward(layer, &self.attention_norm.forward(x_btc), angles, pass.plan);
-        let x_btc = x_btc + drop(pass.dropout, attended, layer, Site::Attention);
+        let x_btc = x_btc + dropped(pass.dropout, attended, layer, Site::Attention);
         let fed = self.mlp.forward(&self.mlp_norm.forward(&x_btc));
-        &x_btc + drop(pass.dropout, fed, layer, Site::Mlp)
+        &x_btc + dropped(pass.dropout, fed, layer, Site::Mlp)
     }
 }
 
-fn drop(dropout: Option<&Dropout>, x_btc: Tensor, layer: usize, site: Site) -> Tensor {
-    dropout.map_or_else(|| x_btc.shallow_clone(), |dropout| dropout.apply(&x_btc, layer, site))
+fn dropped(dropout: Option<&Dropout>, x_btc: Tensor, layer: usize, site: Site) -> Tensor {
+    match dropout {
+        Some(dropout) => dropout.apply(&x_btc, layer, site),
+        None => x_btc,
+    }
 }
 
 /// What accompanies the tokens through a forward pass.
@@ -91,7 +94,7 @@ impl Gpt {
             x_btc = x_btc + table.forward(positions_bt);
         }
         let angles = self.rotary.as_ref().map(|rotary| rotary.angles(positions_bt));
-        x_btc = drop(pass.dropout, x_btc, 0, Site::Embedding);
+        x_btc = dropped(pass.dropout, x_btc, 0, Site::Embedding);
         for (layer, block) in self.blocks.iter().enumerate() {
             x_btc = block.forward(layer, &x_btc, angles.as_ref(), pass);
         }

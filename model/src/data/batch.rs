@@ -9,7 +9,7 @@ use super::{
     packing::{Packing, Piece},
     shards::Shard,
 };
-use crate::{nn::AttentionPlan, random::Permutation};
+use crate::{device::upload, nn::AttentionPlan, random::Permutation};
 
 /// A shard's sequences in the order of training.
 #[derive(Debug)]
@@ -73,9 +73,9 @@ impl Chosen {
             unused[place as usize] = false;
         }
         Chosen {
-            places: Tensor::from_slice(places).to_device(device),
-            back: Tensor::from_slice(&back).to_device(device),
-            unused: Tensor::from_slice(&unused).unsqueeze(1).to_device(device),
+            places: upload(Tensor::from_slice(places), device),
+            back: upload(Tensor::from_slice(&back), device),
+            unused: upload(Tensor::from_slice(&unused).unsqueeze(1), device),
         }
     }
 }
@@ -104,13 +104,13 @@ impl Batch {
             }
         }
         let documents: Vec<Vec<usize>> = rows.iter().map(|row| row.iter().map(|piece| piece.len as usize).collect()).collect();
-        let shaped = |values: &[i64]| Tensor::from_slice(values).view([rows.len() as i64, length as i64]).to_device(device);
+        let shaped = |values: &[i64]| upload(Tensor::from_slice(values).view([rows.len() as i64, length as i64]), device);
         Batch {
             tokens_bt: shaped(&tokens),
             positions_bt: shaped(&positions),
             plan: AttentionPlan::of_documents(length, &documents, device),
             chosen: (supervised.len() < tokens.len()).then(|| Chosen::of(&supervised, tokens.len(), device)),
-            targets_n: Tensor::from_slice(&targets).to_device(device),
+            targets_n: upload(Tensor::from_slice(&targets), device),
             sequences,
             tokens: documents.iter().flatten().sum::<usize>() as u64,
         }

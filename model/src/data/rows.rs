@@ -70,7 +70,7 @@ pub struct Writer {
     rows: BufWriter<File>,
     index: BufWriter<File>,
     digest: Sha256,
-    seen: std::collections::HashSet<[u8; 16]>,
+    hashes: Hashes,
     manifest: Manifest,
     offset: u64,
 }
@@ -85,7 +85,7 @@ impl Writer {
             rows: BufWriter::with_capacity(1 << 20, File::create(folder.join("rows.jsonl"))?),
             index: BufWriter::new(File::create(folder.join("rows.idx"))?),
             digest: Sha256::new(),
-            seen: Default::default(),
+            hashes: Hashes::create(folder)?,
             manifest,
             offset: 0,
         })
@@ -102,10 +102,7 @@ impl Writer {
 
     pub fn push(&mut self, row: &Row) -> io::Result<()> {
         let mut line = serde_json::to_vec(row)?;
-        let hash: [u8; 16] = Sha256::digest(&line)[..16].try_into().expect("a digest has 32 bytes");
-        if !self.seen.insert(hash) {
-            self.manifest.duplicates += 1;
-        }
+        self.hashes.push(&line)?;
         line.push(b'\n');
         self.index.write_all(&self.offset.to_le_bytes())?;
         self.rows.write_all(&line)?;
@@ -137,12 +134,64 @@ impl Writer {
             file.get_ref().sync_all()?;
         }
         self.manifest.sha256 = hex::encode(self.digest.finalize());
+        self.manifest.duplicates = self.hashes.duplicates()?;
         let staged = self.folder.join("manifest.json.tmp");
         let mut file = File::create(&staged)?;
         serde_json::to_writer_pretty(&mut file, &self.manifest)?;
         file.sync_all()?;
         std::fs::rename(staged, self.folder.join("manifest.json"))?;
         Ok(self.manifest)
+    }
+}
+
+const HASH_BYTES: usize = 16;
+
+/// Hashes that are held in memory at once to find the repeated ones.
+const HASHES_AT_ONCE: u64 = 4 << 20;
+
+/// The rows' hashes, in a file without a name, so that memory does not grow with the rows.
+struct Hashes {
+    file: BufWriter<File>,
+    count: u64,
+}
+
+impl Hashes {
+    fn create(folder: &Path) -> io::Result<Hashes> {
+        let path = folder.join("hashes.tmp");
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path)?;
+        std::fs::remove_file(path)?;
+        Ok(Hashes { file: BufWriter::with_capacity(1 << 16, file), count: 0 })
+    }
+
+    fn push(&mut self, line: &[u8]) -> io::Result<()> {
+        self.count += 1;
+        self.file.write_all(&Sha256::digest(line)[..HASH_BYTES])
+    }
+
+    /// Hashes that stood there before. Reads the file once for every few million rows and looks at
+    /// another part of all possible hashes each time.
+    fn duplicates(self) -> io::Result<u64> {
+        self.count_duplicates(HASHES_AT_ONCE)
+    }
+
+    fn count_duplicates(self, at_once: u64) -> io::Result<u64> {
+        let parts = self.count.div_ceil(at_once.max(1));
+        let mut file = self.file.into_inner()?;
+        let mut duplicates = 0;
+        for part in 0..parts {
+            file.seek(SeekFrom::Start(0))?;
+            let mut reader = BufReader::with_capacity(1 << 18, &mut file);
+            let mut seen = std::collections::HashSet::new();
+            for _ in 0..self.count {
+                let mut hash = [0; HASH_BYTES];
+                reader.read_exact(&mut hash)?;
+                let hash = u128::from_le_bytes(hash);
+                if (hash % u128::from(parts)) as u64 == part && !seen.insert(hash) {
+                    duplicates += 1;
+                }
+            }
+        }
+        Ok(duplicates)
     }
 }
 
@@ -185,5 +234,23 @@ impl Dataset {
         let mut line = Vec::new();
         io::BufRead::read_until(&mut self.rows, b'\n', &mut line)?;
         Ok(serde_json::from_slice(&line)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn duplicates_are_counted_the_same_in_parts_of_any_size() {
+        for at_once in [1, 3, 7, 1000] {
+            let folder = tempfile::tempdir().unwrap();
+            let mut hashes = Hashes::create(folder.path()).unwrap();
+            // 0 to 9, then 0 to 4, then 0: six stood there before.
+            (0..10).chain(0..5).chain(0..1).for_each(|row: u8| hashes.push(&[row]).unwrap());
+            assert_eq!(hashes.count_duplicates(at_once).unwrap(), 6);
+        }
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(Hashes::create(folder.path()).unwrap().duplicates().unwrap(), 0);
     }
 }

@@ -11,6 +11,7 @@ use std::{
     io::{self, BufWriter, Write},
     ops::Range,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use memmap2::Mmap;
@@ -102,8 +103,9 @@ impl Shard {
             return Ok(());
         }
         std::fs::create_dir_all(cache).map_err(failure::io)?;
+        remove_abandoned(cache);
         let staged = cache.join(format!("{}.{}.tmp", source.sha256(), std::process::id()));
-        let made = make(&staged, source);
+        let made = stage(&staged, source);
         if made.is_ok() && !folder.exists() {
             // Losing a race leaves the winner's equal folder in place.
             let renamed = std::fs::rename(&staged, folder);
@@ -155,6 +157,29 @@ impl Shard {
     }
 }
 
+/// A folder that is being made is locked by its maker, so that one whose maker died can be told.
+fn stage(folder: &Path, source: Source) -> Result<(), Failure> {
+    std::fs::create_dir_all(folder).map_err(failure::io)?;
+    let lock = File::open(folder).map_err(failure::io)?;
+    lock.lock().map_err(failure::io)?;
+    make(folder, source)
+}
+
+/// A maker takes its lock at once; within this time a folder is nobody's business.
+const YOUNG: Duration = Duration::from_secs(60);
+
+/// Removes what makers left that were killed. Nothing depends on it: what cannot be removed stays.
+fn remove_abandoned(cache: &Path) {
+    let Ok(entries) = std::fs::read_dir(cache) else { return };
+    for path in entries.flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|end| end == "tmp")) {
+        let modified = path.metadata().and_then(|metadata| metadata.modified());
+        let is_old = modified.is_ok_and(|time| time.elapsed().is_ok_and(|age| age > YOUNG));
+        if is_old && File::open(&path).is_ok_and(|folder| folder.try_lock().is_ok()) {
+            let _ = std::fs::remove_dir_all(&path);
+        }
+    }
+}
+
 fn u64_at(map: &Mmap, index: u64) -> u64 {
     let start = index as usize * 8;
     u64::from_le_bytes(std::array::from_fn(|byte| map[start + byte]))
@@ -168,7 +193,6 @@ struct Encoded {
 }
 
 fn make(folder: &Path, source: Source) -> Result<(), Failure> {
-    std::fs::create_dir_all(folder).map_err(failure::io)?;
     let mut dataset = Dataset::open(source.dataset).map_err(failure::io)?;
     let tuning = matches!(source.method, Method::Instruction { .. });
     let mut writer = Writer::create(folder, source.tokenizer.vocabulary(), tuning).map_err(failure::io)?;
@@ -275,5 +299,31 @@ impl Writer {
         let mut file = File::create(self.folder.join("manifest.json"))?;
         serde_json::to_writer_pretty(&mut file, &self.manifest)?;
         file.sync_all()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_a_dead_maker_left_is_removed() {
+        let cache = tempfile::tempdir().unwrap();
+        let folder = |name: &str, age: Duration| {
+            let path = cache.path().join(name);
+            std::fs::create_dir(&path).unwrap();
+            let folder = File::open(path).unwrap();
+            folder.set_modified(std::time::SystemTime::now() - age).unwrap();
+            folder
+        };
+        folder("dead.1.tmp", YOUNG * 2);
+        folder("young.2.tmp", Duration::ZERO);
+        folder("whole", YOUNG * 2);
+        let held = folder("made.3.tmp", YOUNG * 2);
+        held.lock().unwrap();
+        remove_abandoned(cache.path());
+        let mut left: Vec<_> = std::fs::read_dir(cache.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["made.3.tmp", "whole", "young.2.tmp"]);
     }
 }

@@ -6,7 +6,7 @@
 use tch::{Device, Tensor};
 
 use super::{Angles, CachedAttention, Linear, Parameters};
-use crate::{config::ModelConfig, shim};
+use crate::{config::ModelConfig, device::upload, shim};
 
 /// Who attends to whom in one forward pass; the same for every layer.
 #[derive(Debug)]
@@ -115,10 +115,10 @@ impl Blocks {
         }
         Blocks {
             classes,
-            tokens: Tensor::from_slice(&tokens).to_device(device),
-            slots: Tensor::from_slice(&slots).to_device(device),
-            unused: Tensor::from_slice(&unused).unsqueeze(1).to_device(device),
-            nothing: Tensor::from_slice::<bool>(&[]).to_device(device),
+            tokens: upload(Tensor::from_slice(&tokens), device),
+            slots: upload(Tensor::from_slice(&slots), device),
+            unused: upload(Tensor::from_slice(&unused).unsqueeze(1), device),
+            nothing: upload(Tensor::from_slice::<bool>(&[]), device),
         }
     }
 

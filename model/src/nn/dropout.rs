@@ -7,7 +7,10 @@
 
 use tch::Tensor;
 
-use crate::shim::{self, DropoutPlace};
+use crate::{
+    device::upload,
+    shim::{self, DropoutPlace},
+};
 
 /// Where in a layer a mask stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +45,6 @@ impl Dropout {
             probability: self.probability,
         };
         let mask = shim::dropout_mask(&self.sequences, positions, width, place).expect("a dropout mask");
-        x_btc * mask.to_device(x_btc.device()).to_kind(x_btc.kind())
+        x_btc * upload(mask, x_btc.device()).to_kind(x_btc.kind())
     }
 }

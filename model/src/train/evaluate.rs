@@ -1,31 +1,60 @@
 //! Validation loss and samples. Neither draws a random number nor touches a gradient, so neither
 //! disturbs training.
 
+use std::time::{Duration, Instant};
+
 use tch::{Kind, Tensor};
 
 use super::{Halt, run::Run};
-use crate::{arch::gpt::Pass, config::Method, data::batch::Batch, nn::AttentionPlan, template};
+use crate::{
+    arch::gpt::Pass,
+    config::Method,
+    data::batch::Batch,
+    nn::AttentionPlan,
+    protocol::{Phase, Report},
+    template,
+    worker::{Control, Reporter},
+};
 
-/// Evaluation reads at most this many sequences, the same ones each time.
+/// A validation set is read whole up to this many sequences; of a larger one as many, evenly spaced
+/// and the same ones each time, so that what validation costs is bounded and its losses compare.
 const SEQUENCES: u64 = 1024;
 const SAMPLE_TOKENS: usize = 64;
 
-/// The mean loss over the supervised tokens of the validation set; `None` if there is none.
-pub fn validation_loss(run: &Run) -> Result<Option<f32>, Halt> {
+/// An evaluation that takes longer shows as a phase of its own.
+const BRIEF: Duration = Duration::from_millis(500);
+
+/// The mean loss over the supervised tokens of the validation set; `None` if there is none. Stopping is
+/// looked at between micro-batches.
+pub fn validation_loss(run: &Run, control: &Control, report: &mut Reporter) -> Result<Option<f32>, Halt> {
     let Some((shard, packing)) = run.data.validation() else { return Ok(None) };
     let _no_grad = tch::no_grad_guard();
-    let sequences = packing.len().min(SEQUENCES);
+    let chosen = evenly_spaced(packing.len(), SEQUENCES);
     let (mut sum, mut tokens) = (Tensor::zeros([], (Kind::Float, run.device)), 0);
-    let mut first = 0;
-    while first < sequences {
-        let last = (first + run.micro_batch_size()).min(sequences);
-        let rows: Vec<_> = (first..last).map(|index| packing.sequence(index)).collect();
-        let mut batch = Batch::of(shard, &rows, (first..last).collect(), run.device);
+    let (begun, mut announced) = (Instant::now(), false);
+    for part in chosen.chunks(run.micro_batch_size() as usize) {
+        if control.is_stopping() {
+            return Err(Halt::Stopped);
+        }
+        if !announced && begun.elapsed() > BRIEF {
+            announced = true;
+            report.send(Report::Phase { phase: Phase::Evaluating });
+        }
+        let rows: Vec<_> = part.iter().map(|&index| packing.sequence(index)).collect();
+        let mut batch = Batch::of(shard, &rows, part.to_vec(), run.device);
         tokens += batch.supervised();
         sum += run.loss_sum(&mut batch, None)?;
-        first = last;
+    }
+    if announced {
+        report.send(Report::Phase { phase: Phase::Training });
     }
     Ok(Some((sum.double_value(&[]) / tokens.max(1) as f64) as f32))
+}
+
+/// At most `most` of the numbers below `len`, ascending.
+fn evenly_spaced(len: u64, most: u64) -> Vec<u64> {
+    let count = len.min(most);
+    (0..count).map(|index| (u128::from(index) * u128::from(len) / u128::from(count)) as u64).collect()
 }
 
 /// The greedy continuation of a prompt, at most 64 tokens.
@@ -54,4 +83,16 @@ pub fn sample(run: &Run, prompt: &str) -> String {
         ids.push(next);
     }
     tokenizer.decode(&ids[asked.min(ids.len())..])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_sets_are_read_whole_and_large_ones_evenly() {
+        assert_eq!(evenly_spaced(5, 1024), [0, 1, 2, 3, 4]);
+        assert_eq!(evenly_spaced(10, 4), [0, 2, 5, 7]);
+        assert!(evenly_spaced(0, 4).is_empty());
+    }
 }

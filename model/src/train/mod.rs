@@ -49,33 +49,47 @@ pub fn train(task: &TrainTask, threads: usize, control: &Control, report: &mut R
     let mut run = prepare::prepare(task, threads, report)?;
     run.rehearse_saving(report)?;
     report.send(Report::Phase { phase: Phase::Training });
-    while !run.is_done() {
-        match run.step(control) {
-            Err(Halt::Stopped) if control.is_pausing() => {
-                run.save(false, report)?;
-                return Err(Halt::Stopped);
-            }
-            stepped => stepped?,
+    match take_steps(&mut run, control, report) {
+        Err(Halt::Stopped) if control.is_pausing() => {
+            run.save(false, report)?;
+            return Err(Halt::Stopped);
         }
-        run.observe(1, None, report)?;
-        let best = run.evaluation_is_due() && evaluate(&mut run, report)?;
-        if run.samples_are_due() {
-            sample(&run, report);
-        }
-        if best || run.checkpoint_is_due() || control.takes_checkpoint() {
-            run.save(best, report)?;
-        }
+        taken => taken?,
     }
-    run.observe(0, None, report)?;
     run.save(false, report)?;
     report.send(Report::Phase { phase: Phase::Publishing });
     run.publish()
 }
 
+/// The steps that are left, and what is due after each. A run that was stopped in an evaluation
+/// resumes with it.
+fn take_steps(run: &mut Run, control: &Control, report: &mut Reporter) -> Result<(), Halt> {
+    loop {
+        let best = run.evaluation_is_due() && evaluate(run, control, report)?;
+        if run.samples_are_due() {
+            sample(run, report);
+        }
+        if best || run.checkpoint_is_due() || control.takes_checkpoint() {
+            run.save(best, report)?;
+        }
+        if run.is_done() {
+            return run.observe(0, None, report);
+        }
+        run.step(control)?;
+        run.observe(1, None, report)?;
+    }
+}
+
 /// Validates the newest step; whether it is the best so far.
-fn evaluate(run: &mut Run, report: &mut Reporter) -> Result<bool, Halt> {
-    let loss = evaluate::validation_loss(run)?;
+fn evaluate(run: &mut Run, control: &Control, report: &mut Reporter) -> Result<bool, Halt> {
+    let loss = evaluate::validation_loss(run, control, report)?;
     run.observe(0, loss, report)?;
+    if let Some(row) = run.state.newest.as_mut().filter(|row| row.step == run.state.step && row.validation_loss.is_none()) {
+        // The step was reported before the stop that broke off its evaluation.
+        row.validation_loss = loss.map(f64::from);
+        report.send(Report::Metric { row: row.clone() });
+    }
+    run.state.evaluated = run.state.step;
     run.state.validation_loss = loss;
     let Some(loss) = loss.filter(|loss| loss.is_finite()) else { return Ok(false) };
     let best = run.state.best.is_none_or(|(_, lowest)| loss < lowest);
@@ -85,7 +99,8 @@ fn evaluate(run: &mut Run, report: &mut Reporter) -> Result<bool, Halt> {
     Ok(best)
 }
 
-fn sample(run: &Run, report: &mut Reporter) {
+fn sample(run: &mut Run, report: &mut Reporter) {
+    run.state.sampled = run.state.step;
     for prompt in &run.spec.train.sample_prompts {
         let text = evaluate::sample(run, prompt);
         let data = serde_json::json!({ "step": run.state.step, "prompt": prompt, "text": text });

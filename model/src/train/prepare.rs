@@ -17,7 +17,7 @@ use crate::{
     device, failure,
     nn::Parameters,
     optim::Adamw,
-    protocol::{FailureCode, Numerics, Report, TrainTask},
+    protocol::{Failure, FailureCode, Level, Numerics, Report, TrainTask},
     shim,
     tokenizer::Tokenizer,
     worker::Reporter,
@@ -27,7 +27,9 @@ use crate::{
 pub fn prepare(task: &TrainTask, threads: usize, report: &mut Reporter) -> Result<Run, Halt> {
     let device = device::open(task.device).map_err(|message| failure::new(FailureCode::DeviceUnavailable, message))?;
     let tokenizer = Tokenizer::load(&task.tokenizer).map_err(|error| Halt::Failed(error.into()))?;
-    let mut spec = task.spec.clone();
+    // What an earlier attempt decided holds, even if the row never heard of it.
+    let resumed = task.resume.as_deref().map(checkpoint::verify).transpose()?;
+    let mut spec = resumed.as_ref().map_or(&task.spec, |manifest| &manifest.spec).clone();
     fit_vocabulary(&mut spec.model.vocabulary, tokenizer.vocabulary())?;
     let data = prepare_data(task, &tokenizer, threads)?;
     resolve::resolve(&mut spec.train, &spec.model, data.train.len(), !data.validation.is_empty(), device);
@@ -37,13 +39,12 @@ pub fn prepare(task: &TrainTask, threads: usize, report: &mut Reporter) -> Resul
     let optimizer = Adamw::new(&parameters, &spec.train.optimizer);
     let mut state = Default::default();
     let mut numerics_changed = false;
-    if let Some(folder) = &task.resume {
-        let manifest = checkpoint::verify(folder)?;
+    if let (Some(folder), Some(manifest)) = (&task.resume, resumed) {
         checkpoint::load(folder, &parameters, &optimizer)?;
         numerics_changed = manifest.numerics != numerics;
         state = manifest.state;
     } else if let Some(folder) = &task.base_model {
-        checkpoint::load_weights(folder, &parameters)?;
+        begin_from(folder, &parameters, &tokenizer, report)?;
     }
     report.send(Report::Started { numerics: numerics.clone(), numerics_changed });
     report.send(Report::Resolved { spec: Box::new(spec.clone()), trained_tokens_per_epoch: data.train.total_supervised() });
@@ -62,6 +63,26 @@ pub struct Parts {
     pub parameters: Parameters,
     pub optimizer: Adamw,
     pub state: super::TrainState,
+}
+
+/// Takes over a base model's weights. The tokenizer is the base's own, or one that adds tokens to it.
+fn begin_from(base: &Path, parameters: &Parameters, tokenizer: &Tokenizer, report: &mut Reporter) -> Result<(), Halt> {
+    let of_base = Tokenizer::load(base).map_err(|error| Halt::Failed(error.into()))?;
+    if let Err(reason) = tokenizer.extends(&of_base) {
+        let message = format!(
+            "the tokenizer does not go with the base model: {reason}; use the base's own, or one that only adds tokens to it"
+        );
+        return Err(Failure { param: Some("tokenizer".into()), ..failure::new(FailureCode::InvalidTokenizer, message) }.into());
+    }
+    checkpoint::load_base(base, parameters)?;
+    let (before, after) = (of_base.vocabulary(), tokenizer.vocabulary());
+    if after > before {
+        let message = format!(
+            "the base's vocabulary of {before} grew to {after}; the new rows of the embedding start at the mean of the others"
+        );
+        report.event(Level::Info, "embedding.grown", &message, serde_json::json!({ "from": before, "to": after }));
+    }
+    Ok(())
 }
 
 /// A new model takes the tokenizer's vocabulary; a base model must have it.

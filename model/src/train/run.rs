@@ -56,6 +56,12 @@ struct Pending {
     grad_norm: Tensor,
     learning_rate: f64,
     supervised: u64,
+    /// Inputs that are no padding.
+    tokens: u64,
+    begun: Instant,
+    /// The step itself and the wait for the one before it: no evaluation, no checkpoint. Known once
+    /// the loop has come round.
+    took: Option<Duration>,
 }
 
 pub struct Run {
@@ -72,9 +78,9 @@ pub struct Run {
     staging: PathBuf,
     disk_low_bytes: u64,
     pending: VecDeque<Pending>,
-    /// Tokens since the last metric row, and since when.
-    rate: (u64, Instant),
     saved: (u64, Instant),
+    /// Where this process began, and when it last told how far it is.
+    begun: (u64, Instant),
     progress: Instant,
 }
 
@@ -97,8 +103,8 @@ impl Run {
             staging: task.staging.clone(),
             disk_low_bytes: task.disk_low_bytes,
             pending: VecDeque::new(),
-            rate: (0, now),
             saved,
+            begun: saved,
             progress: now,
         }
     }
@@ -136,13 +142,14 @@ impl Run {
     /// One optimiser step over `batch_size` sequences in micro-batches. Nothing here waits for the
     /// device: the loss and the norm are read by [`Run::observe`] after the next step was begun.
     pub fn step(&mut self, control: &Control) -> Result<(), Halt> {
+        let begun = Instant::now();
         let train = &self.spec.train;
         let (first, step) = (self.state.cursor, self.state.step + 1);
         let last = first + train.batch_size;
         let order = Order { shard: &self.data.shard, packing: &self.data.train, seed: train.seed };
         let supervised = order.supervised(first..last);
         let mut loss = Tensor::zeros([], (Kind::Float, self.device));
-        let mut micro = first;
+        let (mut micro, mut tokens) = (first, 0);
         while micro < last {
             if control.is_stopping() {
                 self.optimizer.zero_gradients()?;
@@ -154,7 +161,7 @@ impl Run {
             let part = self.loss_sum(&mut batch, dropout.as_ref())? / supervised as f64;
             part.backward();
             loss += part.detach();
-            self.rate.0 += batch.tokens;
+            tokens += batch.tokens;
             micro = end;
         }
         let learning_rate = schedule::learning_rate(&train.schedule, step, self.steps());
@@ -162,7 +169,7 @@ impl Run {
         self.state.step = step;
         self.state.cursor = last;
         self.state.tokens += supervised;
-        self.pending.push_back(Pending { step, loss, grad_norm, learning_rate, supervised });
+        self.pending.push_back(Pending { step, loss, grad_norm, learning_rate, supervised, tokens, begun, took: None });
         Ok(())
     }
 
@@ -181,11 +188,17 @@ impl Run {
             let (step, finite) = (finished.step, loss.is_finite() && norm.is_finite());
             self.state.loss = finite.then_some(loss as f32);
             if finite {
-                let (tokens, since) = std::mem::replace(&mut self.rate, (0, Instant::now()));
-                let validation_loss = validation_loss.filter(|_| self.pending.is_empty()).map(f64::from);
-                let tokens_per_second = tokens as f64 / since.elapsed().as_secs_f64().max(1e-9);
-                let (learning_rate, tokens) = (finished.learning_rate, finished.supervised);
-                let row = MetricRow { step, loss, learning_rate, grad_norm: norm, tokens, tokens_per_second, validation_loss };
+                let took = finished.took.unwrap_or_else(|| finished.begun.elapsed());
+                let row = MetricRow {
+                    step,
+                    loss,
+                    learning_rate: finished.learning_rate,
+                    grad_norm: norm,
+                    tokens: finished.supervised,
+                    tokens_per_second: finished.tokens as f64 / took.as_secs_f64().max(1e-9),
+                    validation_loss: validation_loss.filter(|_| self.pending.is_empty()).map(f64::from),
+                };
+                self.state.newest = Some(row.clone());
                 report.send(Report::Metric { row });
             } else {
                 let message = format!("step {step} changed nothing: its gradient norm is not finite");
@@ -198,23 +211,34 @@ impl Run {
                 report.event(Level::Error, "diverged", &failure.message, data);
             })?;
         }
+        if let Some(newest) = self.pending.back_mut().filter(|newest| newest.took.is_none()) {
+            newest.took = Some(newest.begun.elapsed());
+        }
         if self.progress.elapsed() >= PROGRESS_INTERVAL || self.state.step == 1 {
             self.progress = Instant::now();
-            report.send(Report::Progress { step: self.state.step });
+            report.send(Report::Progress { step: self.state.step, seconds_per_step: self.seconds_per_step() });
         }
         Ok(())
     }
 
+    /// Wall time of a step in this process so far, with its share of evaluations and checkpoints.
+    fn seconds_per_step(&self) -> Option<f64> {
+        let (first, begun) = self.begun;
+        let steps = self.state.step.saturating_sub(first);
+        (steps > 0).then(|| begun.elapsed().as_secs_f64() / steps as f64)
+    }
+
     pub fn evaluation_is_due(&self) -> bool {
-        self.is_due(self.spec.train.evaluate_every) && self.data.validation().is_some()
+        self.is_due(self.spec.train.evaluate_every, self.state.evaluated) && self.data.validation().is_some()
     }
 
     pub fn samples_are_due(&self) -> bool {
-        self.is_due(self.spec.train.sample_every) && !self.spec.train.sample_prompts.is_empty()
+        self.is_due(self.spec.train.sample_every, self.state.sampled) && !self.spec.train.sample_prompts.is_empty()
     }
 
-    fn is_due(&self, every: Option<u64>) -> bool {
-        every.is_some_and(|every| self.state.step.is_multiple_of(every.max(1)) || self.is_done())
+    /// Whether what happens `every` so many steps, and at the last, is still to be done at this one.
+    fn is_due(&self, every: Option<u64>, done: u64) -> bool {
+        self.state.step > done && every.is_some_and(|every| self.state.step.is_multiple_of(every.max(1)) || self.is_done())
     }
 
     pub fn checkpoint_is_due(&self) -> bool {

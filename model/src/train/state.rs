@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::divergence::Window;
+use crate::protocol::MetricRow;
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct TrainState {
@@ -20,6 +21,14 @@ pub struct TrainState {
     /// so that JSON keeps every bit.
     pub loss: Option<f32>,
     pub validation_loss: Option<f32>,
+    /// The newest row of metrics that was reported, for a validation that a stop broke off.
+    #[serde(default)]
+    pub newest: Option<MetricRow>,
+    /// The newest step that was validated, and the newest one that was sampled from.
+    #[serde(default)]
+    pub evaluated: u64,
+    #[serde(default)]
+    pub sampled: u64,
     /// The lowest validation loss and its step.
     pub best: Option<(u64, f32)>,
     pub divergence: Window,

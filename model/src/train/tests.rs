@@ -7,7 +7,11 @@ use crate::{
         Activation, Architecture, JobSpec, Method, ModelConfig, Norm, Objective, Optimizer, Positions, Precision, SPEC_VERSION,
         Schedule, Template, TrainConfig, Validation,
     },
-    data::rows::{Row, Turn, Writer},
+    data::{
+        batch::Batch,
+        packing::Piece,
+        rows::{Row, Turn, Writer},
+    },
     protocol::{Command, DeviceChoice, FailureCode, MetricRow},
     tokenizer::{self, Tokenizer},
 };
@@ -202,6 +206,60 @@ fn a_resumed_run_equals_an_uninterrupted_one_to_the_bit() {
     assert_eq!([numbers(&first), numbers(&second)].concat(), numbers(&whole_reports));
 }
 
+/// The speed of a step is its own: neither an evaluation nor a checkpoint around it slows it.
+#[test]
+fn speed_and_pace_are_told_apart() {
+    let bench = Bench::new(&texts(200));
+    let mut spec = bench.spec(pretrain(), 8);
+    spec.train.evaluate_every = Some(1);
+    spec.train.checkpoint_every = Some(1);
+    spec.train.micro_batch_size = Some(1);
+    spec.validation = Some(Validation::Fraction { fraction: 0.5 });
+    let (result, reports) = run(&bench.task("speed", spec));
+    result.unwrap();
+    let rows = metrics(&reports);
+    assert_eq!(rows.len(), 8);
+    assert!(rows.iter().all(|row| row.validation_loss.is_some() && row.tokens_per_second > 0.0));
+    let pace = reports.iter().rev().find_map(|report| match report {
+        Report::Progress { seconds_per_step, .. } => *seconds_per_step,
+        _ => None,
+    });
+    // A batch is at most 4 × 32 tokens; the pace has the evaluations and checkpoints in it.
+    let own = rows.iter().map(|row| 128.0 / row.tokens_per_second).sum::<f64>() / 8.0;
+    assert!(pace.unwrap() > own, "a step takes {own} s and the pace is {pace:?}");
+}
+
+/// Stopped in an evaluation, a run resumes with it, and nothing differs from an uninterrupted one.
+#[test]
+fn a_stop_in_an_evaluation_is_made_up_for() {
+    let bench = Bench::new(&texts(200));
+    let mut spec = bench.spec(pretrain(), 6);
+    spec.train.evaluate_every = Some(3);
+    spec.validation = Some(Validation::Fraction { fraction: 0.3 });
+    let validated = |reports: &[Report]| -> Vec<(u64, u64)> {
+        metrics(reports).iter().filter_map(|row| Some((row.step, row.validation_loss?.to_bits()))).collect()
+    };
+    let (whole, whole_reports) = run(&bench.task("whole", spec.clone()));
+    let control = Control::default();
+    let mut task = bench.task("stopped", spec);
+    // The row of step 2 is reported when step 3 is finished; the evaluation comes next.
+    let (halted, first) = run_with(&task, &control, |report| {
+        if matches!(report, Report::Metric { row } if row.step == 2) {
+            control.command(Command::Pause);
+        }
+    });
+    assert_eq!(halted.unwrap_err(), Halt::Stopped);
+    let folder = first.iter().rev().find_map(|report| match report {
+        Report::Checkpoint { folder, step: 3, .. } => Some(folder.clone()),
+        _ => None,
+    });
+    task.resume = Some(folder.expect("step 3 was finished and is saved"));
+    let (resumed, second) = run(&task);
+    assert_eq!(weights(resumed), weights(whole));
+    assert!(validated(&first).is_empty());
+    assert_eq!(validated(&second), validated(&whole_reports));
+}
+
 #[test]
 fn a_batch_in_one_piece_equals_micro_batches() {
     let bench = Bench::new(&texts(40));
@@ -220,13 +278,110 @@ fn a_batch_in_one_piece_equals_micro_batches() {
     }
 }
 
+/// The loss over packed rows, as training computes it, against each document alone: sums and gradients.
 #[test]
-fn bf16_trains_too() {
+fn packed_batches_equal_the_same_documents_one_by_one() {
+    for rows in [texts(30), vec![ask("cat", "meow"), ask("dog", "woof"), ask("cow", "moo"), ask("what a long question", "so")]] {
+        let bench = Bench::new(&rows);
+        let method = if matches!(rows[0], Row::Text { .. }) { pretrain() } else { instruction() };
+        let task = bench.task("packed", bench.spec(method, 1));
+        let run = prepare::prepare(&task, 1, &mut Reporter::new(|_| {})).map_err(|halt| format!("{halt:?}")).unwrap();
+        let (shard, packing) = (&run.data.shard, &run.data.train);
+        let sequences: Vec<_> = (0..packing.len()).map(|index| packing.sequence(index)).collect();
+        assert!(sequences.iter().any(|pieces| pieces.len() > 1), "nothing is packed");
+        let backward = |rows: &[&[Piece]]| {
+            let mut batch = Batch::of(shard, rows, vec![0; rows.len()], run.device);
+            let loss = run.loss_sum(&mut batch, None).map_err(|halt| format!("{halt:?}")).unwrap();
+            loss.backward();
+            (loss.double_value(&[]), batch.supervised())
+        };
+        let gradients = || -> Vec<tch::Tensor> {
+            let taken = run.parameters.entries().iter().map(|entry| entry.tensor.grad().copy()).collect();
+            run.optimizer.zero_gradients().unwrap();
+            taken
+        };
+        let packed = backward(&sequences);
+        let packed_gradients = gradients();
+        let alone = sequences.iter().flat_map(|pieces| pieces.chunks(1)).map(|piece| backward(&[piece]));
+        let alone = alone.fold((0.0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+        assert_eq!(packed.1, alone.1);
+        assert!((packed.0 / alone.0 - 1.0).abs() < 1e-5, "{packed:?} and {alone:?}");
+        for (entry, (a, b)) in run.parameters.entries().iter().zip(packed_gradients.iter().zip(gradients())) {
+            let difference = (a - &b).abs().max().double_value(&[]) / b.abs().max().double_value(&[]);
+            assert!(difference < 1e-4, "{} differs by {difference}", entry.parts[0].name);
+        }
+    }
+}
+
+#[test]
+fn bf16_begins_like_fp32_and_trains() {
     let bench = Bench::new(&texts(40));
-    let mut spec = bench.spec(pretrain(), 30);
-    spec.train.precision = Some(Precision::Bf16);
-    let rows = metrics(&run(&bench.task("bf16", spec)).1);
-    assert!(rows[29].loss < rows[0].loss * 0.7, "{} to {}", rows[0].loss, rows[29].loss);
+    let rows = |precision| {
+        let mut spec = bench.spec(pretrain(), 30);
+        spec.train.precision = Some(precision);
+        metrics(&run(&bench.task(&format!("{precision:?}"), spec)).1)
+    };
+    let (bf16, fp32) = (rows(Precision::Bf16), rows(Precision::Fp32));
+    assert!((bf16[0].loss / fp32[0].loss - 1.0).abs() < 1e-3, "{} and {}", bf16[0].loss, fp32[0].loss);
+    assert_ne!(bf16[0].loss, fp32[0].loss, "one of them is not what it says");
+    assert!((bf16[0].grad_norm / fp32[0].grad_norm - 1.0).abs() < 2e-2, "{} and {}", bf16[0].grad_norm, fp32[0].grad_norm);
+    assert!(bf16[29].loss < bf16[0].loss * 0.7, "{} to {}", bf16[0].loss, bf16[29].loss);
+}
+
+#[test]
+fn evaluations_and_checkpoints_change_no_bit_of_the_training() {
+    let bench = Bench::new(&texts(40));
+    let result = |every: u64| {
+        let mut spec = bench.spec(pretrain(), 6);
+        spec.model.dropout = 0.2;
+        spec.validation = Some(Validation::Fraction { fraction: 0.3 });
+        spec.train.evaluate_every = Some(every);
+        spec.train.checkpoint_every = Some(every);
+        spec.train.sample_every = Some(every);
+        spec.train.sample_prompts = vec!["text".into()];
+        weights(run(&bench.task(&format!("every{every}"), spec)).0)
+    };
+    assert_eq!(result(1), result(1_000_000));
+}
+
+fn events(reports: &[Report], wanted: &str) -> Vec<(String, serde_json::Value)> {
+    let event = |report: &Report| match report {
+        Report::Event { code, message, data, .. } if code == wanted => Some((message.clone(), data.clone())),
+        _ => None,
+    };
+    reports.iter().filter_map(event).collect()
+}
+
+/// The first update at such a rate overflows, and every loss after it is not a number.
+#[test]
+fn a_loss_that_is_no_number_skips_its_steps_and_then_fails() {
+    let bench = Bench::new(&texts(40));
+    let mut spec = bench.spec(pretrain(), 20);
+    spec.train.schedule = Schedule::Constant { peak: 1e38, warmup_steps: Some(0) };
+    let (result, reports) = run(&bench.task("nan", spec));
+    let failure = failure(result);
+    assert_eq!((failure.code, failure.retryable), (FailureCode::NonFiniteLoss, false));
+    assert!(failure.message.contains("step 4") && failure.message.contains("learning rate"), "{}", failure.message);
+    let skipped = events(&reports, "step.skipped");
+    assert_eq!(skipped.iter().map(|(_, data)| data["step"].clone()).collect::<Vec<_>>(), [2, 3, 4]);
+    let diverged = events(&reports, "diverged");
+    assert_eq!((diverged.len(), &diverged[0].0, &diverged[0].1["step"]), (1, &failure.message, &serde_json::json!(4)));
+    assert_eq!(metrics(&reports).len(), 1, "only what was measured is reported");
+}
+
+#[test]
+fn a_loss_that_rises_for_long_fails_with_step_and_value() {
+    let bench = Bench::new(&texts(40));
+    let mut spec = bench.spec(pretrain(), 200);
+    spec.train.schedule = Schedule::Constant { peak: 3.0, warmup_steps: Some(0) };
+    spec.train.divergence = crate::config::Divergence { window: 2, factor: 1.5, patience: 4, non_finite_steps: 3 };
+    let (result, reports) = run(&bench.task("diverged", spec));
+    let failure = failure(result);
+    assert_eq!(failure.code, FailureCode::Diverged);
+    let diverged = events(&reports, "diverged");
+    let (step, loss) = (diverged[0].1["step"].as_u64().unwrap(), diverged[0].1["loss"].as_str().unwrap());
+    assert!(failure.message.contains(&format!("at step {step} ")) && loss.parse::<f64>().unwrap() > 8.0, "{failure:?} {loss}");
+    assert_eq!(diverged.len(), 1);
 }
 
 #[test]

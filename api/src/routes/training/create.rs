@@ -66,7 +66,7 @@ struct Start {
     base_model_id: Option<String>,
     /// The checkpoint that the base's name stands for.
     checkpoint_id: Option<String>,
-    needs: Option<String>,
+    needs: Vec<String>,
 }
 
 /// Adds the job and the model that it makes, in the caller's transaction; returns the job's id.
@@ -87,9 +87,9 @@ pub(in crate::routes) async fn insert(
     }
     let start = match &request.origin {
         Origin::Fresh { model, tokenizer } => start_fresh(conn, project_id, model.clone(), tokenizer).await?,
-        Origin::Base { model } => start_from(conn, project_id, model).await?,
+        Origin::Base { model, tokenizer } => start_from(conn, project_id, model, tokenizer.as_deref()).await?,
     };
-    needs.extend(start.needs);
+    needs.extend(start.needs.iter().cloned());
     check_after(conn, project_id, &request.after).await?;
     needs.extend(request.after.iter().cloned());
 
@@ -162,15 +162,22 @@ async fn start_fresh(
 ) -> Result<Start, ApiError> {
     let needs = tokenizers::find_usable(conn, project_id, tokenizer, "tokenizer").await?;
     if needs.is_none() {
-        let vocabulary =
-            sqlx::query_scalar!("SELECT vocabulary FROM tokenizers WHERE id = $1", tokenizer).fetch_one(conn).await?;
-        config.vocabulary = vocabulary.unwrap_or(0);
+        config.vocabulary = vocabulary(conn, tokenizer).await?;
     }
+    let needs = needs.into_iter().collect();
     Ok(Start { config, tokenizer_id: Some(tokenizer.to_owned()), base_model_id: None, checkpoint_id: None, needs })
 }
 
+/// Tokens of a ready tokenizer.
+async fn vocabulary(conn: &mut PgConnection, tokenizer: &str) -> Result<i64, ApiError> {
+    let vocabulary = sqlx::query_scalar!("SELECT vocabulary FROM tokenizers WHERE id = $1", tokenizer).fetch_one(conn).await?;
+    Ok(vocabulary.unwrap_or(0))
+}
+
 /// Locks the base against deletion until the transaction ends. A checkpoint is ready whatever its job is.
-async fn start_from(conn: &mut PgConnection, project_id: &str, base: &str) -> Result<Start, ApiError> {
+/// Whether another tokenizer only adds to the base's is found by the job; that it has fewer tokens is
+/// seen here.
+async fn start_from(conn: &mut PgConnection, project_id: &str, base: &str, tokenizer: Option<&str>) -> Result<Start, ApiError> {
     let checkpoint = checkpoints::find_named(conn, base).await?;
     let row = sqlx::query!(
         r#"SELECT state AS "state: ResourceState", job_id, config, tokenizer_id FROM models
@@ -178,18 +185,39 @@ async fn start_from(conn: &mut PgConnection, project_id: &str, base: &str) -> Re
         checkpoint.as_ref().map_or(base, |checkpoint| &checkpoint.model_id),
         project_id,
     )
-    .fetch_optional(conn)
+    .fetch_optional(&mut *conn)
     .await?
     .ok_or_else(|| resource::unknown("model", base, "base_model"))?;
     let needs = match row.state {
-        _ if checkpoint.is_some() => None,
-        ResourceState::Ready => None,
-        ResourceState::Queued | ResourceState::Running => Some(row.job_id),
+        _ if checkpoint.is_some() => Vec::new(),
+        ResourceState::Ready => Vec::new(),
+        ResourceState::Queued | ResourceState::Running => vec![row.job_id],
         ResourceState::Failed => return Err(resource::has_failed("model", base, "base_model")),
     };
-    let config = serde_json::from_value(row.config).map_err(ApiError::internal)?;
+    let config: ModelConfig = serde_json::from_value(row.config).map_err(ApiError::internal)?;
     let checkpoint_id = checkpoint.map(|checkpoint| checkpoint.id);
-    Ok(Start { config, tokenizer_id: row.tokenizer_id, base_model_id: Some(base.to_owned()), checkpoint_id, needs })
+    let start = Start { config, tokenizer_id: row.tokenizer_id, base_model_id: Some(base.to_owned()), checkpoint_id, needs };
+    match tokenizer.filter(|id| start.tokenizer_id.as_deref() != Some(id)) {
+        Some(tokenizer) => with_tokenizer(conn, project_id, start, tokenizer).await,
+        None => Ok(start),
+    }
+}
+
+/// A base under another tokenizer than its own.
+async fn with_tokenizer(conn: &mut PgConnection, project_id: &str, mut start: Start, tokenizer: &str) -> Result<Start, ApiError> {
+    let of_base = std::mem::take(&mut start.config.vocabulary);
+    match tokenizers::find_usable(conn, project_id, tokenizer, "tokenizer").await? {
+        Some(job) => start.needs.push(job),
+        None => start.config.vocabulary = vocabulary(conn, tokenizer).await?,
+    }
+    if (1..of_base).contains(&start.config.vocabulary) {
+        let message = format!(
+            "The tokenizer has {} tokens and the base model {of_base}: use the base's own, or one that only adds tokens to it.",
+            start.config.vocabulary
+        );
+        return Err(ApiError::unprocessable("invalid_tokenizer", "tokenizer", message));
+    }
+    Ok(Start { tokenizer_id: Some(tokenizer.to_owned()), ..start })
 }
 
 async fn check_after(conn: &mut PgConnection, project_id: &str, after: &[String]) -> Result<(), ApiError> {

@@ -135,9 +135,12 @@ pub struct TrainingJobObject {
     step: i64,
     steps: Option<i64>,
     loss: Option<f64>,
+    /// Of the last step: tokens that are no padding over the time of the step, without evaluations and
+    /// checkpoints.
     tokens_per_second: Option<f64>,
     /// Supervised tokens in all, once it has succeeded.
     trained_tokens: Option<i64>,
+    /// At the pace of this attempt so far, evaluations and checkpoints included.
     eta_seconds: Option<f64>,
     created_at: f64,
     started_at: Option<f64>,
@@ -182,6 +185,7 @@ pub(super) struct JobRow {
     pub steps: Option<i64>,
     pub loss: Option<f64>,
     pub tokens_per_second: Option<f64>,
+    pub seconds_per_step: Option<f64>,
     pub trained_tokens: Option<i64>,
     pub error: Option<Value>,
     pub run_after: OffsetDateTime,
@@ -202,7 +206,7 @@ macro_rules! select_jobs {
         sqlx::query_as!(
             crate::routes::training::JobRow,
             r#"SELECT j.id, j.name, j.state AS "state: lathe_jobs::state::JobState", j.phase, j.priority, j.spec, j.request, j.metadata, j.dataset_id,
-                      j.tokenizer_id, j.base_model_id, j.model_id, j.max_attempts, j.failures, j.attempt, j.step, j.steps, j.loss, j.tokens_per_second,
+                      j.tokenizer_id, j.base_model_id, j.model_id, j.max_attempts, j.failures, j.attempt, j.step, j.steps, j.loss, j.tokens_per_second, j.seconds_per_step,
                       j.trained_tokens, j.error, j.run_after, j.run_after > now() AS "run_after_is_ahead!", j.created_at, j.started_at, j.first_step_at,
                       j.finished_at,
                       CASE WHEN j.state = 'queued' THEN
@@ -233,12 +237,11 @@ impl JobRow {
         self.steps.or_else(|| spec?.train.steps.and_then(|steps| i64::try_from(steps).ok()))
     }
 
-    /// What is left at the speed of the last second: steps of full batches over tokens a second.
+    /// What is left at the pace of this attempt so far, evaluations and checkpoints included.
     pub fn eta_seconds(&self, spec: Option<&JobSpec>) -> Option<f64> {
-        let speed = self.tokens_per_second.filter(|speed| *speed > 0.0 && !self.state.is_finished())?;
+        let pace = self.seconds_per_step.filter(|_| !self.state.is_finished())?;
         let left = (self.steps(spec)? - self.step).max(0);
-        let tokens = spec?.train.batch_size as f64 * spec?.model.context as f64;
-        Some(left as f64 * tokens / speed)
+        Some(left as f64 * pace)
     }
 }
 

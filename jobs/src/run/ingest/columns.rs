@@ -51,12 +51,13 @@ fn shape(columns: &Columns, record: &Map<String, Value>) -> Result<Row, RowError
         if let Some((instruction, output)) = PAIRS.iter().find(|(instruction, output)| has(instruction) && has(output)) {
             return pair(columns, instruction, output, record);
         }
-        if has("text") {
-            return document("text", record);
-        }
-        // Half of a pair names what is missing better than a list of every shape would.
+        // Half of a pair is told what is missing, also beside a text: which of the two was meant is not
+        // ours to guess.
         if let Some((instruction, output)) = PAIRS.iter().find(|(instruction, output)| has(instruction) || has(output)) {
             return pair(columns, instruction, output, record);
+        }
+        if has("text") {
+            return document("text", record);
         }
         let message = "no known key: a row has `text`, `messages`, `instruction` and `output`, `prompt` and `completion`, or \
                        `question` and `answer`; for other keys give `columns`";

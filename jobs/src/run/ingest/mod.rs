@@ -81,7 +81,11 @@ pub fn task(spec: serde_json::Value, stop: &AtomicBool, report: &mut dyn FnMut(R
     let spec: IngestSpec = serde_json::from_value(spec)
         .map_err(|error| fail(FailureCode::Internal, format!("the ingestion's spec cannot be read: {error}")))?;
     let folder = spec.output.clone();
-    let made = run(spec, &mut |progress| report(Report::Progress { step: progress.rows + progress.bad_rows }), stop)?;
+    let made = run(
+        spec,
+        &mut |progress| report(Report::Progress { step: progress.rows + progress.bad_rows, seconds_per_step: None }),
+        stop,
+    )?;
     let statistics = made.statistics();
     Ok(TaskResult::Dataset { folder, sha256: made.manifest.sha256, statistics })
 }

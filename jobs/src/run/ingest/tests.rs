@@ -477,7 +477,7 @@ fn a_task_reports_progress_and_its_result() {
     });
     let mut reports = Vec::new();
     let result = task(spec, &AtomicBool::new(false), &mut |report| reports.push(report)).unwrap();
-    assert_eq!(reports.last(), Some(&Report::Progress { step: 2 }));
+    assert_eq!(reports.last(), Some(&Report::Progress { step: 2, seconds_per_step: None }));
     let TaskResult::Dataset { folder, sha256, statistics } = result else { panic!("{result:?}") };
     assert_eq!((folder, sha256.len(), &statistics["rows"], &statistics["bad_rows"]), (case.output(), 64, &json!(1), &json!(1)));
     let failure = task(json!({"source": {}}), &AtomicBool::new(false), &mut |_| {}).unwrap_err();

@@ -1,0 +1,440 @@
+//! The speed of training against the same model in plain PyTorch, interleaved in one run.
+//!
+//! `make bench`, or `cargo bench -p lathe-model --bench train [PART OF A CASE'S NAME]` with
+//! `LATHE_PEER` naming a folder in which Python finds torch. Both sides start from the same weights,
+//! read the same batches and take the same steps (`train_peer.py`), so their losses must agree. Lathe
+//! runs its whole loop; between its rounds it stands still while a peer takes as many steps. The peer
+//! runs as it is, and once more with its allocator set as Lathe sets its own.
+//!
+//! Printed is Lathe's speed over the peer's, by wall time and by processor time of all threads: the
+//! median of the rounds, the lowest and the highest. Where other programs take part of the machine,
+//! processor time is the steadier of the two.
+
+use std::{
+    fs::File,
+    io::{BufRead, BufReader, BufWriter, Write},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdout, Command, Stdio},
+    time::Instant,
+};
+
+use lathe_model::{
+    arch::Gpt,
+    config::{
+        Activation, Architecture, JobSpec, Method, ModelConfig, Norm, Objective, Optimizer, Positions, Precision, SPEC_VERSION,
+        Schedule, Template, TrainConfig,
+    },
+    data::{
+        batch::{Batch, Order},
+        packing::{self, Packing},
+        rows::{Row, Turn, Writer},
+        shards::{Shard, Source},
+    },
+    nn::Parameters,
+    protocol::{self, DeviceChoice, Report, TrainTask},
+    shim,
+    tokenizer::{self, Tokenizer},
+    train,
+    worker::{Control, Reporter},
+};
+use tch::{Device, Tensor};
+
+const ROUNDS: u64 = 15;
+/// Steps before the first round; the first is the slowest.
+const WARM_UP: u64 = 3;
+const LEARNING_RATE: f64 = 1e-3;
+const SEED: u64 = 1;
+
+/// glibc's thresholds as Lathe's shim sets them.
+const TUNED_MALLOC: [(&str, &str); 4] = [
+    ("MALLOC_ARENA_MAX", "1"),
+    ("MALLOC_TRIM_THRESHOLD_", "2147483647"),
+    ("MALLOC_MMAP_THRESHOLD_", "33554432"),
+    ("MALLOC_TOP_PAD_", "67108864"),
+];
+
+/// What is trained on.
+#[derive(Clone, Copy, PartialEq)]
+enum Data {
+    /// Texts far longer than the context: every row is full.
+    Texts,
+    /// Questions and answers of some twenty tokens, packed.
+    Pairs,
+}
+
+struct Case {
+    name: &'static str,
+    layers: i64,
+    heads: i64,
+    width: i64,
+    context: i64,
+    vocabulary: i64,
+    batch_size: u64,
+    data: Data,
+    /// Steps of a round.
+    steps: u64,
+}
+
+const CASES: [Case; 4] = [
+    Case {
+        name: "small",
+        layers: 4,
+        heads: 4,
+        width: 128,
+        context: 64,
+        vocabulary: 1024,
+        batch_size: 12,
+        data: Data::Texts,
+        steps: 20,
+    },
+    Case {
+        name: "demo-pretraining",
+        layers: 4,
+        heads: 4,
+        width: 128,
+        context: 64,
+        vocabulary: 1024,
+        batch_size: 32,
+        data: Data::Texts,
+        steps: 10,
+    },
+    Case {
+        name: "demo-tuning",
+        layers: 4,
+        heads: 4,
+        width: 128,
+        context: 64,
+        vocabulary: 1024,
+        batch_size: 12,
+        data: Data::Pairs,
+        steps: 20,
+    },
+    Case {
+        name: "large",
+        layers: 8,
+        heads: 8,
+        width: 512,
+        context: 256,
+        vocabulary: 4096,
+        batch_size: 8,
+        data: Data::Texts,
+        steps: 1,
+    },
+];
+
+impl Case {
+    fn model(&self) -> ModelConfig {
+        ModelConfig {
+            architecture: Architecture::Gpt,
+            layers: self.layers,
+            heads: self.heads,
+            kv_heads: self.heads,
+            head_dim: self.width / self.heads,
+            width: self.width,
+            mlp_width: 4 * self.width,
+            context: self.context,
+            vocabulary: self.vocabulary,
+            positions: Positions::Learned,
+            norm: Norm::Layer,
+            norm_eps: 1e-5,
+            activation: Activation::Gelu,
+            bias: true,
+            tie_embeddings: true,
+            dropout: 0.0,
+            rope_theta: 10_000.0,
+        }
+    }
+
+    fn method(&self) -> Method {
+        match self.data {
+            Data::Texts => Method::Pretrain { objective: Objective::CausalLm },
+            Data::Pairs => Method::Instruction { template: Template::Ins },
+        }
+    }
+
+    /// Steps in all, with some to spare.
+    fn total(&self) -> u64 {
+        WARM_UP + self.steps * (ROUNDS + 1)
+    }
+
+    fn spec(&self, precision: Precision) -> JobSpec {
+        JobSpec {
+            spec_version: SPEC_VERSION,
+            method: self.method(),
+            model: self.model(),
+            validation: None,
+            train: TrainConfig {
+                steps: Some(self.total()),
+                epochs: None,
+                batch_size: self.batch_size,
+                micro_batch_size: Some(self.batch_size),
+                precision: Some(precision),
+                optimizer: Optimizer::Adamw { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 },
+                schedule: Schedule::Constant { peak: LEARNING_RATE, warmup_steps: Some(0) },
+                clip: 1.0,
+                seed: SEED,
+                checkpoint_every: Some(u64::MAX),
+                evaluate_every: None,
+                keep_checkpoints: 1,
+                sample_every: None,
+                sample_prompts: Vec::new(),
+                divergence: Default::default(),
+            },
+        }
+    }
+}
+
+/// A dataset, a tokenizer, the initial weights and every batch, in files that both sides read.
+struct Prepared {
+    folder: tempfile::TempDir,
+    threads: usize,
+}
+
+impl Prepared {
+    fn new(case: &Case, threads: usize) -> Prepared {
+        let prepared = Prepared { folder: tempfile::tempdir().expect("a temporary folder"), threads };
+        let mut writer = Writer::create(&prepared.path("dataset")).expect("the folder is ours");
+        rows(case).iter().for_each(|row| writer.push(row).expect("the folder is ours"));
+        writer.finish().expect("the folder is ours");
+        let tokenizer = tokenizer::train(&prepared.path("dataset"), case.vocabulary, &prepared.path("tokenizer"));
+        let tokenizer = tokenizer.expect("the rows have enough repeated text");
+        prepared.write_weights(case);
+        prepared.write_batches(case, &tokenizer);
+        prepared
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn write_weights(&self, case: &Case) {
+        let mut parameters = Parameters::trainable(Device::Cpu, SEED);
+        let _model = Gpt::new(&case.model(), &mut parameters);
+        let weights: Vec<(&str, Tensor)> = parameters.logical().into_iter().collect();
+        Tensor::write_safetensors(&weights, self.path("weights.safetensors")).expect("the folder is ours");
+    }
+
+    fn write_batches(&self, case: &Case, tokenizer: &Tokenizer) {
+        let method = case.method();
+        let source = Source {
+            dataset: &self.path("dataset"),
+            dataset_sha256: "dataset",
+            tokenizer,
+            tokenizer_sha256: "tokenizer",
+            method: &method,
+            context: case.context as u64,
+            threads: self.threads,
+        };
+        let shard = Shard::prepare(&self.path("shards"), source).expect("rows fit into the context");
+        let packing = Packing::of(&shard, packing::all(&shard), case.context as u64);
+        let order = Order { shard: &shard, packing: &packing, seed: SEED };
+        let mut file = BufWriter::new(File::create(self.path("batches")).expect("the folder is ours"));
+        for step in 0..case.total() {
+            let first = step * case.batch_size;
+            write_batch(&mut file, &order.batch(first..first + case.batch_size, Device::Cpu));
+        }
+        file.flush().expect("the folder is ours");
+    }
+
+    fn task(&self, spec: JobSpec) -> TrainTask {
+        TrainTask {
+            spec,
+            dataset: self.path("dataset"),
+            validation_dataset: None,
+            tokenizer: self.path("tokenizer"),
+            base_model: None,
+            resume: None,
+            shard_cache: self.path("shards"),
+            dataset_sha256: "dataset".into(),
+            tokenizer_sha256: "tokenizer".into(),
+            staging: self.path("staging"),
+            device: DeviceChoice::Cpu,
+            disk_low_bytes: 0,
+        }
+    }
+}
+
+fn write_batch(file: &mut impl Write, batch: &Batch) {
+    let (rows, length) = batch.tokens_bt.size2().expect("tokens are (b, t)");
+    let supervised: Vec<i64> = batch.targets_n.iter::<i64>().expect("targets are numbers").collect();
+    let mut targets = vec![-100; (rows * length) as usize];
+    match &batch.chosen {
+        None => targets.copy_from_slice(&supervised),
+        Some(chosen) => {
+            let places = chosen.places.iter::<i64>().expect("places are numbers");
+            places.zip(supervised).for_each(|(place, target)| targets[place as usize] = target);
+        }
+    }
+    let numbers = |tensor: &Tensor| tensor.view([-1]).iter::<i64>().expect("whole numbers").collect::<Vec<_>>();
+    let all = [vec![rows, length], numbers(&batch.tokens_bt), numbers(&batch.positions_bt), targets].concat();
+    all.iter().for_each(|&number| file.write_all(&(number as i32).to_le_bytes()).expect("the folder is ours"));
+}
+
+/// Pseudo-random rows: words of two to four syllables, so that merges can be learned.
+fn rows(case: &Case) -> Vec<Row> {
+    let mut state = 1u64;
+    let mut below = move |bound: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % bound
+    };
+    let syllables = ["ka", "lo", "mir", "ten", "su", "va", "ne", "ro", "pid", "gal", "tu", "es", "ban", "fo", "che", "lin"];
+    let words: Vec<String> =
+        (0..case.vocabulary * 2).map(|_| (0..2 + below(3)).map(|_| syllables[below(16) as usize]).collect()).collect();
+    let mut sentence =
+        |count: u64| (0..count).map(|_| words[below(words.len() as u64) as usize].as_str()).collect::<Vec<_>>().join(" ");
+    match case.data {
+        Data::Texts => (0..case.total() * case.batch_size / 8 + 32).map(|_| Row::Text { text: sentence(2_000) }).collect(),
+        Data::Pairs => (0..20_000)
+            .map(|index| {
+                let turn = Turn { instruction: sentence(4 + index % 5), input: String::new(), output: sentence(2 + index % 3) };
+                Row::Conversation { system: None, turns: vec![turn] }
+            })
+            .collect(),
+    }
+}
+
+/// What a round took, in seconds: by the clock, and of all threads' processor time.
+#[derive(Clone, Copy)]
+struct Cost {
+    wall: f64,
+    processor: f64,
+}
+
+/// Runs since it was made.
+struct Clock {
+    begun: Instant,
+    processor: f64,
+}
+
+impl Clock {
+    fn start() -> Clock {
+        Clock { begun: Instant::now(), processor: processor_seconds() }
+    }
+
+    fn cost(&self) -> Cost {
+        Cost { wall: self.begun.elapsed().as_secs_f64(), processor: processor_seconds() - self.processor }
+    }
+}
+
+fn processor_seconds() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the struct is valid and outlives the call.
+    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
+}
+
+/// A peer that waits for a number of steps.
+struct Peer {
+    process: Child,
+    answers: BufReader<ChildStdout>,
+    name: &'static str,
+    rounds: Vec<Cost>,
+    loss: f64,
+}
+
+impl Peer {
+    fn start(name: &'static str, case: &Path, environment: &[(&str, &str)]) -> Peer {
+        let torch = std::env::var("LATHE_PEER").expect("LATHE_PEER names a folder with torch: run `make bench`");
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/train_peer.py");
+        let mut command = Command::new("python3");
+        command.arg(script).arg(case).env("PYTHONPATH", torch).envs(environment.iter().copied());
+        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python3 runs");
+        let answers = BufReader::new(process.stdout.take().expect("it is piped"));
+        Peer { process, answers, name, rounds: Vec::new(), loss: f64::NAN }
+    }
+
+    fn steps(&mut self, steps: u64) -> Cost {
+        writeln!(self.process.stdin.as_mut().expect("it is piped"), "{steps}").expect("the peer listens");
+        let mut line = String::new();
+        self.answers.read_line(&mut line).expect("the peer answers");
+        let numbers: Vec<f64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        let &[wall, processor, loss] = numbers.as_slice() else { panic!("the peer ended: {line:?}") };
+        self.loss = loss;
+        Cost { wall, processor }
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.process.stdin = None;
+        let _ = self.process.wait();
+    }
+}
+
+fn measure(case: &Case, precision: Precision, prepared: &Prepared) {
+    let description = serde_json::json!({
+        "layers": case.layers, "heads": case.heads, "width": case.width, "context": case.context, "vocabulary": case.vocabulary,
+        "threads": prepared.threads, "bf16": precision == Precision::Bf16, "learning_rate": LEARNING_RATE,
+        "weights": prepared.path("weights.safetensors"), "batches": prepared.path("batches"),
+    });
+    let file = prepared.path("case.json");
+    std::fs::write(&file, description.to_string()).expect("the folder is ours");
+    let mut peers = [Peer::start("PyTorch", &file, &[]), Peer::start("PyTorch, tuned malloc", &file, &TUNED_MALLOC)];
+    let control = Control::default();
+    let (mut clock, mut rounds, mut last_loss) = (Clock::start(), Vec::new(), f64::NAN);
+    let mut reporter = Reporter::new(|report| {
+        let Report::Metric { row } = report else { return };
+        last_loss = row.loss;
+        // A row is reported once the step after it is finished.
+        if row.step == WARM_UP {
+            peers.iter_mut().for_each(|peer| _ = peer.steps(WARM_UP));
+        } else if row.step > WARM_UP && (row.step - WARM_UP).is_multiple_of(case.steps) {
+            rounds.push(clock.cost());
+            for peer in &mut peers {
+                let taken = peer.steps(case.steps);
+                peer.rounds.push(taken);
+                assert!(
+                    (peer.loss - row.loss).abs() < 0.05 * row.loss,
+                    "{}'s loss is {}, Lathe's {}",
+                    peer.name,
+                    peer.loss,
+                    row.loss
+                );
+            }
+        } else {
+            return;
+        }
+        clock = Clock::start();
+        if rounds.len() as u64 == ROUNDS {
+            control.command(protocol::Command::Cancel);
+        }
+    });
+    let ended = train::train(&prepared.task(case.spec(precision)), prepared.threads, &control, &mut reporter);
+    drop(reporter);
+    assert_eq!(ended.err(), Some(train::Halt::Stopped));
+    let step = |cost: fn(&Cost) -> f64| median(rounds.iter().map(|round| cost(round) / case.steps as f64 * 1e3));
+    println!(
+        "{}, {precision:?}: {:.1} ms a step, {:.1} ms of processor time; loss {last_loss:.3}, the peer's {:.3}",
+        case.name,
+        step(|cost| cost.wall),
+        step(|cost| cost.processor),
+        peers[0].loss
+    );
+    for peer in &peers {
+        let ratios = |cost: fn(&Cost) -> f64| {
+            let ratios: Vec<f64> = peer.rounds.iter().zip(&rounds).map(|(theirs, ours)| cost(theirs) / cost(ours)).collect();
+            let (low, high) = ratios.iter().fold((f64::MAX, f64::MIN), |(low, high), &ratio| (low.min(ratio), high.max(ratio)));
+            format!("{:.3} ({low:.2} to {high:.2})", median(ratios.into_iter()))
+        };
+        println!("    Lathe / {:<22} wall {}, processor {}", peer.name, ratios(|cost| cost.wall), ratios(|cost| cost.processor));
+    }
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
+fn main() {
+    // Cargo passes `--bench`.
+    let wanted = std::env::args().skip(1).find(|argument| !argument.starts_with("--")).unwrap_or_default();
+    let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    shim::initialize(threads).expect("libtorch can be set up");
+    for case in CASES.iter().filter(|case| case.name.contains(&wanted)) {
+        let prepared = Prepared::new(case, threads);
+        for precision in [Precision::Fp32, Precision::Bf16] {
+            measure(case, precision, &prepared);
+        }
+    }
+}
