@@ -210,18 +210,40 @@ pub fn load_model(folder: &Path, device: Device, kind: Kind) -> Result<(Gpt, Mod
 /// Also if this version renders the model's template otherwise than the one that trained it: its
 /// prompts would no longer be what the model has learned.
 pub fn read_model_file(folder: &Path) -> Result<ModelFile, Failure> {
-    let bytes = fs::read(folder.join(CONFIG)).map_err(|error| unreadable(folder, &error.to_string()))?;
-    let file: ModelFile = serde_json::from_slice(&bytes).map_err(|error| unreadable(folder, &error.to_string()))?;
-    if let (Some(template), Some(trained)) = (file.template, &file.template_sha256)
-        && template.sha256() != *trained
-    {
-        let reason = format!(
-            "this version renders the template {} otherwise than the version that trained the model: serve it with that version, or tune it again",
-            template.name()
-        );
-        return Err(unreadable(folder, &reason));
-    }
+    let file: ModelFile = read_config(folder)?;
+    check_template(folder, file.template, file.template_sha256.as_deref())?;
     Ok(file)
+}
+
+/// The shape alone, under the same condition.
+pub fn read_shape(folder: &Path) -> Result<ModelConfig, Failure> {
+    #[derive(Deserialize)]
+    struct Shape {
+        model: ModelConfig,
+        template: Option<Template>,
+        template_sha256: Option<String>,
+    }
+    let shape: Shape = read_config(folder)?;
+    check_template(folder, shape.template, shape.template_sha256.as_deref())?;
+    Ok(shape.model)
+}
+
+fn read_config<T: for<'de> Deserialize<'de>>(folder: &Path) -> Result<T, Failure> {
+    let bytes = fs::read(folder.join(CONFIG)).map_err(|error| unreadable(folder, &error.to_string()))?;
+    serde_json::from_slice(&bytes).map_err(|error| unreadable(folder, &error.to_string()))
+}
+
+/// Models of versions that noted no hash pass.
+fn check_template(folder: &Path, template: Option<Template>, trained: Option<&str>) -> Result<(), Failure> {
+    let (Some(template), Some(trained)) = (template, trained) else { return Ok(()) };
+    if template.sha256() == trained {
+        return Ok(());
+    }
+    let reason = format!(
+        "this version renders the template {} otherwise than the version that trained the model: serve it with that version, or tune it again",
+        template.name()
+    );
+    Err(unreadable(folder, &reason))
 }
 
 /// Reads a model's weights into parameters of the same shape.

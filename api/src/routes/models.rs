@@ -28,7 +28,7 @@ pub fn router() -> OpenApiRouter<AppState> {
 #[schema(example = json!({"id": "model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "model", "created": 1767225600, "owned_by": "proj_default", "name": "small",
     "state": "ready", "error": null, "parameters": 926720, "weights_sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
     "template": null, "config": {"architecture": "gpt", "layers": 4, "heads": 4, "width": 128, "context": 64, "vocabulary": 1024},
-    "lineage": {"job": "ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "base_model": null, "dataset": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "tokenizer": "tok_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "code_version": "0.1.0",
+    "lineage": {"job": "ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "base_model": null, "dataset": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "tokenizer": "tok_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "added_roles": [], "code_version": "0.1.0",
         "hyperparameters": {"steps": 2000, "batch_size": 12, "seed": 1}}, "metadata": {}}))]
 pub struct ModelObject {
     pub id: String,

@@ -384,6 +384,79 @@ fn a_loss_that_rises_for_long_fails_with_step_and_value() {
     assert_eq!(diverged.len(), 1);
 }
 
+/// The bench's tokenizer with two more tokens, as an upload that adds to it.
+fn grown_tokenizer(bench: &Bench, name: &str) -> Tokenizer {
+    let read = std::fs::read(bench.path("tokenizer/tokenizer.json")).unwrap();
+    let mut document: serde_json::Value = serde_json::from_slice(&read).unwrap();
+    let added = document["added_tokens"].as_array_mut().unwrap();
+    for offset in 0..2 {
+        let mut token = added[0].clone();
+        token["id"] = (bench.vocabulary + offset).into();
+        token["content"] = format!("[NEW{offset}]").into();
+        added.push(token);
+    }
+    let file = bench.path("upload.json");
+    std::fs::write(&file, document.to_string()).unwrap();
+    tokenizer::import(&file, &bench.path(name)).unwrap()
+}
+
+#[test]
+fn a_tokenizer_that_adds_to_the_bases_grows_the_embedding() {
+    let bench = Bench::new(&[ask("cat", "meow"), ask("dog", "woof"), ask("cow", "moo")]);
+    for tied in [true, false] {
+        let name = |leaf: &str| format!("{leaf}{tied}");
+        let mut spec = bench.spec(pretrain(), 2);
+        spec.model.tie_embeddings = tied;
+        run(&bench.task(&name("base"), spec.clone())).0.unwrap();
+        let grown = grown_tokenizer(&bench, &name("grown"));
+        assert_eq!(grown.vocabulary(), bench.vocabulary + 2);
+        spec.method = instruction();
+        spec.model.vocabulary = 0;
+        let mut task = bench.task(&name("tuned"), spec.clone());
+        task.base_model = Some(bench.path(&name("base")).join("model"));
+        task.tokenizer = bench.path(&name("grown"));
+        task.tokenizer_sha256 = name("grown");
+        // Before the first step: the old rows are the base's, the new ones their mean.
+        let begun = prepare::prepare(&task, 1, &mut Reporter::new(|_| {})).map_err(|halt| format!("{halt:?}")).unwrap();
+        let base = tch::Tensor::read_safetensors(task.base_model.as_ref().unwrap().join("weights.safetensors")).unwrap();
+        for table in if tied { &["embedding.weight"][..] } else { &["embedding.weight", "head.weight"] } {
+            let old = &base.iter().find(|(name, _)| name == table).unwrap().1;
+            let new = &begun.parameters.logical()[table];
+            assert_eq!(new.size()[0], bench.vocabulary + 2);
+            assert_eq!(new.narrow(0, 0, bench.vocabulary), *old);
+            let mean = old.mean_dim(0, true, tch::Kind::Float).expand([2, old.size()[1]], false);
+            assert_eq!(new.narrow(0, bench.vocabulary, 2), mean);
+        }
+        let (result, reports) = run(&task);
+        result.unwrap();
+        let told = events(&reports, "embedding.grown");
+        let sizes = serde_json::json!({ "from": bench.vocabulary, "to": bench.vocabulary + 2 });
+        assert_eq!(told.into_iter().map(|(_, data)| data).collect::<Vec<_>>(), [sizes]);
+
+        // The other way round the base has tokens that the tokenizer lacks.
+        spec.model.vocabulary = 0;
+        let mut task = bench.task(&name("shrunk"), spec);
+        task.base_model = Some(bench.path(&name("tuned")).join("model"));
+        let failure = failure(run(&task).0);
+        assert_eq!((failure.code, failure.param.as_deref()), (FailureCode::InvalidTokenizer, Some("tokenizer")));
+    }
+}
+
+#[test]
+fn a_model_of_another_rendering_of_its_template_is_not_loaded() {
+    let bench = Bench::new(&[ask("cat", "meow"), ask("dog", "woof")]);
+    let task = bench.task("staging", bench.spec(instruction(), 1));
+    run(&task).0.unwrap();
+    let folder = task.staging.join("model");
+    let mut file = checkpoint::read_model_file(&folder).unwrap();
+    assert_eq!(file.template_sha256, Some(Template::Ins.sha256()));
+    file.template_sha256 = Some("of another version".into());
+    std::fs::write(folder.join("config.json"), serde_json::to_vec(&file).unwrap()).unwrap();
+    assert_eq!(checkpoint::read_shape(&folder).unwrap_err(), checkpoint::read_model_file(&folder).unwrap_err());
+    let failure = checkpoint::read_model_file(&folder).unwrap_err();
+    assert!(failure.message.contains("renders the template ins otherwise"), "{}", failure.message);
+}
+
 #[test]
 fn a_damaged_checkpoint_is_noticed() {
     let bench = Bench::new(&texts(20));

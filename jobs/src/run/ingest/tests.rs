@@ -451,6 +451,15 @@ fn names_and_keys_from_files_are_shown_harmlessly() {
 }
 
 #[test]
+fn half_of_a_pair_is_told_what_is_missing_also_beside_a_text() {
+    for (row, field) in [("{\"text\": \"a\", \"question\": \"b\"}", "answer"), ("{\"output\": \"b\"}", "instruction")] {
+        let bad = Case::new(&[("a.jsonl", row.as_bytes())]).bad_row();
+        assert_eq!((bad.code, bad.field.as_deref()), (RowCode::MissingField, Some(field)));
+    }
+    assert_eq!(Case::new(&[("a.jsonl", b"{\"text\": \"a\", \"question\": null}")]).rows(), [text("a")]);
+}
+
+#[test]
 fn several_files_are_read_in_their_order_and_progress_reaches_the_end() {
     let case = Case::new(&[("a.txt", b"first"), ("b.jsonl", b"{\"text\": \"second\"}"), ("c.csv", b"text,n\nthird,1\n")]);
     assert_eq!(case.rows(), [text("first"), text("second"), text("third")]);
