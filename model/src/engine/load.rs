@@ -22,6 +22,8 @@ fn unreadable(failure: Failure) -> StartError {
 
 /// The shape alone, which decides how many threads load the rest.
 pub(super) fn shape(folder: &Path) -> Result<ModelConfig, StartError> {
+    // A folder that is not there is another error than one that cannot be understood.
+    std::fs::metadata(folder)?;
     checkpoint::read_shape(folder).map_err(unreadable)
 }
 
