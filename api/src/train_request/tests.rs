@@ -158,7 +158,7 @@ fn every_bound_is_a_400_with_its_path() {
     let many: serde_json::Map<String, Value> = (0..17).map(|n| (n.to_string(), json!("x"))).collect();
     assert_eq!(invalid(with(pretrain(), "/metadata", Value::Object(many))), "metadata");
     assert_eq!(invalid(with(tune(), "/model", json!({"preset": "gpt2-small"}))), "model");
-    assert_eq!(invalid(with(tune(), "/tokenizer", json!("tok_1"))), "tokenizer");
+    assert_eq!(invalid(with(tune(), "/tokenizer", json!(1))), "tokenizer");
     assert_eq!(invalid(with(tune(), "/method/template", json!("chatml"))), "method.template");
 }
 
