@@ -1,5 +1,5 @@
 //! What libtorch can do and tch does not offer: autocast with a dtype, fused AdamW, deterministic
-//! algorithms, counter-based dropout, the allocator's settings. The only module with `unsafe` code
+//! algorithms, counter-based dropout, packed weights, the allocator's settings. The only module with `unsafe` code
 //! that calls C++.
 //!
 //! Functions return a [`TensorError`] whose message carries no C++ backtrace.
@@ -67,6 +67,8 @@ unsafe extern "C" {
         back: *const C_tensor,
         unused: *const C_tensor,
     ) -> *mut C_tensor;
+    fn lathe_pack_weight(weight: *const C_tensor) -> *mut C_tensor;
+    fn lathe_packed_linear(x: *const C_tensor, packed: *const C_tensor, bias: *const C_tensor, gelu: c_int) -> *mut C_tensor;
     fn lathe_gradient_norm(parameters: Tensors, count: i64) -> *mut C_tensor;
     fn lathe_zero_gradients(parameters: Tensors, count: i64) -> c_int;
     fn lathe_adamw(
@@ -166,6 +168,20 @@ impl Drop for Autocast {
 pub fn move_rows(input: &Tensor, from: &Tensor, back: &Tensor, unused_r1: &Tensor) -> Result<Tensor, TensorError> {
     // SAFETY: borrowed tensors; the shim copies what it keeps.
     owned(unsafe { lathe_move_rows(input.as_ptr(), from.as_ptr(), back.as_ptr(), unused_r1.as_ptr()) })
+}
+
+/// A weight `(outputs, inputs)` laid out for the CPU's kernels; for [`packed_linear`] alone. Fails where
+/// this CPU's library has no kernels for the type.
+pub fn pack_weight(weight: &Tensor) -> Result<Tensor, TensorError> {
+    // SAFETY: a borrowed tensor.
+    owned(unsafe { lathe_pack_weight(weight.as_ptr()) })
+}
+
+/// `x W^T + b` for a packed weight, and the GELU (tanh) of it if `gelu`. Has no gradient.
+pub fn packed_linear(x: &Tensor, packed: &Tensor, bias: Option<&Tensor>, gelu: bool) -> Result<Tensor, TensorError> {
+    let bias = bias.map_or(ptr::null(), Tensor::as_ptr);
+    // SAFETY: borrowed tensors, the bias or null.
+    owned(unsafe { lathe_packed_linear(x.as_ptr(), packed.as_ptr(), bias, c_int::from(gelu)) })
 }
 
 /// The 2-norm over all gradients as one scalar on the device; reading it is the caller's decision.

@@ -10,7 +10,7 @@ use tch::Tensor;
 
 use crate::{
     config::{Activation, ModelConfig, Norm, Positions},
-    nn::{Angles, Attention, AttentionPlan, Dropout, Embedding, Mlp, NormLayer, Parameters, Rotary, Site},
+    nn::{Angles, Attention, AttentionPlan, Dropout, Embedding, Mlp, NormLayer, Packed, Parameters, Rotary, Site},
 };
 
 const INITIAL_STD: f64 = 0.02;
@@ -68,6 +68,8 @@ pub struct Gpt {
     norm: NormLayer,
     /// `None`: the token embedding is the output projection too.
     head: Option<Embedding>,
+    /// The output projection once it is laid out for use alone.
+    packed_head: Option<Packed>,
 }
 
 impl Gpt {
@@ -84,7 +86,20 @@ impl Gpt {
         let blocks = (0..config.layers).map(|layer| Block::new(parameters, layer, config)).collect();
         let norm = NormLayer::new(parameters, "norm", config);
         let head = (!config.tie_embeddings).then(|| table(parameters, "head", rows, padded));
-        Gpt { tokens, positions, rotary, blocks, norm, head }
+        Gpt { tokens, positions, rotary, blocks, norm, head, packed_head: None }
+    }
+
+    /// Lays the weights out for answering alone, where the device has such a layout. Parameters are not
+    /// looked at any more; training and saving are over.
+    pub fn pack(&mut self) {
+        for block in &mut self.blocks {
+            block.attention.pack();
+            block.mlp.pack();
+        }
+        self.packed_head = Packed::new(&self.head.as_ref().unwrap_or(&self.tokens).unpadded());
+        if self.packed_head.is_some() {
+            self.head = None;
+        }
     }
 
     /// The normed state over every position, `(b, t, width)`. Positions count within each document.
@@ -103,6 +118,9 @@ impl Gpt {
 
     /// Logits `(…, vocabulary)` of hidden states `(…, width)`; padded rows of the vocabulary have none.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
+        if let Some(packed) = &self.packed_head {
+            return packed.product(hidden, None, false);
+        }
         let table = self.head.as_ref().unwrap_or(&self.tokens);
         hidden.linear(&table.unpadded(), None::<&Tensor>)
     }

@@ -1,4 +1,6 @@
-//! The model with its cache: one chunk of one prompt, or the newest token of every slot.
+//! The model with its cache: chunks of prompts and the newest token of every slot, in one pass.
+
+use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
@@ -28,9 +30,48 @@ impl Logits {
     pub(super) fn row(&self, row: usize) -> &[f32] {
         &self.values[row * self.vocabulary..(row + 1) * self.vocabulary]
     }
+}
 
-    pub(super) fn last(&self) -> &[f32] {
-        &self.values[self.values.len() - self.vocabulary..]
+/// A pass that computes chunks of prompts has a multiple of this many tokens.
+const PREFILL_MULTIPLE: usize = 16;
+
+/// What one pass through the model computes: chunks of prompts, then the newest token of every slot.
+#[derive(Debug, Default)]
+pub(super) struct Computation {
+    pub(super) chunks: Vec<Chunk>,
+    /// Positions of the newest tokens of the slots from 0 on, and how many keys they look at.
+    pub(super) rows: Option<(Vec<i64>, usize)>,
+    /// Of the chunks, then of the rows; and where each stands in its sequence.
+    pub(super) tokens: Vec<i64>,
+    pub(super) positions: Vec<i64>,
+    /// Indices of the tokens whose logits are wanted, rising.
+    pub(super) wanted: Vec<i64>,
+}
+
+impl Computation {
+    /// Adds a chunk; where its logits will be.
+    pub(super) fn add_chunk(&mut self, chunk: Chunk, tokens: &[u32], every_position: bool) -> Range<usize> {
+        self.tokens.extend(tokens.iter().map(|&id| i64::from(id)));
+        self.positions.extend((chunk.start..chunk.start + chunk.length).map(|position| position as i64));
+        self.chunks.push(chunk);
+        let from = if every_position { chunk.length } else { usize::from(chunk.last) };
+        self.want(from)
+    }
+
+    /// Adds the newest tokens of the slots from 0 on; where their logits will be.
+    pub(super) fn add_rows(&mut self, tokens: &[u32], positions: &[usize], keys: usize) -> Range<usize> {
+        let positions: Vec<i64> = positions.iter().map(|&position| position as i64).collect();
+        self.tokens.extend(tokens.iter().map(|&id| i64::from(id)));
+        self.positions.extend(&positions);
+        self.rows = Some((positions, keys));
+        self.want(tokens.len())
+    }
+
+    /// Asks for the logits of the last `count` tokens.
+    fn want(&mut self, count: usize) -> Range<usize> {
+        let (end, first) = (self.tokens.len() as i64, self.wanted.len());
+        self.wanted.extend(end - count as i64..end);
+        first..first + count
     }
 }
 
@@ -42,8 +83,9 @@ pub(super) struct Forward {
 }
 
 impl Forward {
-    pub(super) fn new(model: Gpt, config: &ModelConfig, kind: Kind, device: Device) -> Forward {
+    pub(super) fn new(mut model: Gpt, config: &ModelConfig, kind: Kind, device: Device) -> Forward {
         let shape = CacheShape { layers: config.layers, kv_heads: config.kv_heads, head_dim: config.head_dim, kind, device };
+        model.pack();
         Forward { model, cache: KvCache::new(shape), heads: config.heads, device }
     }
 
@@ -55,39 +97,39 @@ impl Forward {
         self.cache.resize(step.cache.0 as i64, step.cache.1 as i64);
     }
 
-    /// Computes a piece of a prompt. Logits of every position, or of the last alone.
-    pub(super) fn prefill(&self, chunk: &Chunk, tokens: &[u32], every_position: bool) -> Logits {
+    /// Computes what a pass holds, and the logits of the tokens that it asks for.
+    pub(super) fn pass(&self, pass: &Computation) -> Logits {
         let _no_grad = tch::no_grad_guard();
-        let (start, length) = (chunk.start as i64, chunk.length as i64);
-        let tokens_bt = self.ids(tokens).view([1, length]);
-        let positions_bt = Tensor::arange_start(start, start + length, (Kind::Int64, self.device)).view([1, length]);
-        let mut plan = AttentionPlan::Cached(CachedAttention::chunk(&self.cache, chunk.slot as i64, start, length, self.heads));
+        let mut attention = CachedAttention::new(&self.cache);
+        for chunk in &pass.chunks {
+            attention.add_chunk(&self.cache, chunk.slot as i64, chunk.start as i64, chunk.length as i64, self.heads);
+        }
+        if let Some((positions, keys)) = &pass.rows {
+            attention.add_rows(&self.cache, positions, *keys as i64, self.heads);
+        }
+        let (mut tokens, mut positions) = (pass.tokens.clone(), pass.positions.clone());
+        // The kernels are made for a number of tokens when it first comes, so there are few of them.
+        if !pass.chunks.is_empty() {
+            let padded = tokens.len().next_multiple_of(PREFILL_MULTIPLE);
+            attention.add_padding((padded - tokens.len()) as i64);
+            tokens.resize(padded, 0);
+            positions.resize(padded, 0);
+        }
+        let [tokens_bt, positions_bt] =
+            [tokens, positions].map(|ids| Tensor::from_slice(&ids).to_device(self.device).unsqueeze(0));
+        let mut plan = AttentionPlan::Cached(attention);
         let hidden_tc = self.model.hidden(&tokens_bt, &positions_bt, &mut Pass { plan: &mut plan, dropout: None }).squeeze_dim(0);
-        let rows = if every_position { length } else { 1 };
-        Logits::new(&self.model.logits(&hidden_tc.narrow(0, length - rows, rows)))
-    }
-
-    /// Computes one token of each slot from 0 on: `tokens[slot]` at `positions[slot]`.
-    pub(super) fn decode(&self, tokens: &[u32], positions: &[usize], keys: usize) -> Logits {
-        let _no_grad = tch::no_grad_guard();
-        let rows = tokens.len() as i64;
-        let positions: Vec<i64> = positions.iter().map(|&position| position as i64).collect();
-        let positions_bt = Tensor::from_slice(&positions).to_device(self.device).view([rows, 1]);
-        let mut plan = AttentionPlan::Cached(CachedAttention::rows(&self.cache, &positions, keys as i64, self.heads));
-        let hidden_bc = self
-            .model
-            .hidden(&self.ids(tokens).view([rows, 1]), &positions_bt, &mut Pass { plan: &mut plan, dropout: None })
-            .squeeze_dim(1);
-        Logits::new(&self.model.logits(&hidden_bc))
+        if pass.wanted.is_empty() {
+            return Logits { values: Vec::new(), vocabulary: 0 };
+        }
+        let wanted = Tensor::from_slice(&pass.wanted).to_device(self.device);
+        let hidden_tc =
+            if pass.wanted.len() as i64 == hidden_tc.size()[0] { hidden_tc } else { hidden_tc.index_select(0, &wanted) };
+        Logits::new(&self.model.logits(&hidden_tc))
     }
 
     /// Forgets what a slot holds.
     pub(super) fn clear(&mut self, slot: usize) {
         self.cache.clear_slot(slot as i64);
-    }
-
-    fn ids(&self, tokens: &[u32]) -> Tensor {
-        let ids: Vec<i64> = tokens.iter().map(|&id| i64::from(id)).collect();
-        Tensor::from_slice(&ids).to_device(self.device)
     }
 }

@@ -11,7 +11,7 @@
 //! |---|---|
 //! | [`scheduler`] | which sequences take part in which step; no tensors |
 //! | [`sampler`] | the next token from a row of logits |
-//! | `forward` | the model with its cache: one chunk of a prompt, one batch of decodes |
+//! | `forward` | the model with its cache: chunks of prompts and a batch of decodes, in one pass |
 //! | `load` | a model's folder |
 //! | `worker` | the loop that puts the three together |
 //! | [`stop`] | stop strings, for callers |
@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     arch::{Gpt, gpt::parameter_count},
     config::{ModelConfig, Sampling},
+    nn::Packed,
     protocol::DeviceChoice,
     shim,
 };
@@ -105,7 +106,10 @@ impl EngineConfig {
     pub fn reserved_bytes(&self, model: &ModelConfig) -> u64 {
         let whole = (self.max_sequences.max(1) as u64).saturating_mul(model.context as u64);
         let cache = whole.saturating_mul(position_bytes(model, self.dtype)).min(self.cache_bytes);
-        (parameter_count(model) * self.dtype.kind().elt_size_in_bytes() as u64).saturating_add(cache)
+        // A table that is the output projection too is there in the layout of both.
+        let table = if model.tie_embeddings { (model.vocabulary * model.width) as u64 } else { 0 };
+        let weights = (parameter_count(model) + table) * self.dtype.kind().elt_size_in_bytes() as u64;
+        weights.saturating_add(Packed::small_bytes(parameter_count(model))).saturating_add(cache)
     }
 }
 

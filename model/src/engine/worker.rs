@@ -5,13 +5,14 @@
 
 use std::{
     collections::HashMap,
+    ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::Ordering, mpsc},
 };
 
 use super::{
     Command, Event, Finish, Generation, Place, Sampled, Shared, Sink,
-    forward::{Forward, Logits},
+    forward::{Computation, Forward, Logits},
     request,
     sampler::Sampler,
     scheduler::{Chunk, Scheduler, SequenceId, Step},
@@ -38,11 +39,12 @@ impl Client {
         (self.generation.prompt.len() + self.generated) as u64
     }
 
-    /// Scores the prompt's tokens that follow those of the chunk.
-    fn score(&mut self, sampler: &Sampler, chunk: &Chunk, logits: &Logits) {
+    /// Scores the prompt's tokens that follow those of the chunk, whose logits begin at row `first`.
+    fn score(&mut self, sampler: &Sampler, chunk: &Chunk, logits: &Logits, first: usize) {
         let Some(alternatives) = self.generation.prompt_logprobs else { return };
         let following = self.generation.prompt[chunk.start + 1..].iter().take(chunk.length);
-        self.scores.extend(following.enumerate().map(|(row, &token)| sampler.score(logits.row(row), token, alternatives)));
+        self.scores
+            .extend(following.enumerate().map(|(row, &token)| sampler.score(logits.row(first + row), token, alternatives)));
     }
 }
 
@@ -144,22 +146,59 @@ impl Worker {
     fn step(&mut self) {
         let Some(step) = self.scheduler.plan() else { return };
         self.forward.prepare(&step);
-        for chunk in &step.prefill {
-            self.prefill(chunk);
-        }
-        if !step.decode.is_empty() {
-            self.decode(&step);
+        if self.shared.limits.fixed_shape {
+            // Each by itself, so that no shape depends on who else is there.
+            for chunk in &step.prefill {
+                self.pass(std::slice::from_ref(chunk), None);
+            }
+            if !step.decode.is_empty() {
+                self.pass(&[], Some(&step));
+            }
+        } else {
+            self.pass(&step.prefill, Some(&step).filter(|step| !step.decode.is_empty()));
         }
         self.shared.steps.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn prefill(&mut self, chunk: &Chunk) {
+    /// One pass through the model, and what follows from its logits.
+    fn pass(&mut self, chunks: &[Chunk], decode: Option<&Step>) {
+        let mut computation = Computation::default();
+        let mut places = Vec::with_capacity(chunks.len());
+        for chunk in chunks {
+            let Some(client) = self.clients.get(&chunk.id) else { continue };
+            let tokens = &client.generation.prompt[chunk.start..chunk.start + chunk.length];
+            let place = computation.add_chunk(*chunk, tokens, client.generation.prompt_logprobs.is_some());
+            places.push((*chunk, place));
+        }
+        let rows = decode.map(|step| self.add_rows(&mut computation, step));
+        let logits = self.forward.pass(&computation);
+        for (chunk, place) in places {
+            self.prefilled(&chunk, &logits, place);
+        }
+        if let (Some(step), Some(rows)) = (decode, rows) {
+            for decode in &step.decode {
+                self.sample(decode.id, decode.slot, logits.row(rows.start + decode.slot));
+            }
+        }
+    }
+
+    fn add_rows(&self, computation: &mut Computation, step: &Step) -> Range<usize> {
+        let mut tokens = vec![0; step.rows];
+        let mut positions = step.free_position.clone();
+        for decode in &step.decode {
+            if let Some(client) = self.clients.get(&decode.id) {
+                tokens[decode.slot] = client.last;
+                positions[decode.slot] = decode.position;
+            }
+        }
+        computation.add_rows(&tokens, &positions, step.keys)
+    }
+
+    /// A chunk was computed; its logits are the rows `place`.
+    fn prefilled(&mut self, chunk: &Chunk, logits: &Logits, place: Range<usize>) {
         let Some(client) = self.clients.get_mut(&chunk.id) else { return };
-        let tokens = &client.generation.prompt[chunk.start..chunk.start + chunk.length];
-        let every_position = client.generation.prompt_logprobs.is_some();
-        let logits = self.forward.prefill(chunk, tokens, every_position);
         self.shared.prompt_tokens.fetch_add(chunk.length as u64, Ordering::Relaxed);
-        client.score(&self.sampler, chunk, &logits);
+        client.score(&self.sampler, chunk, logits, place.start);
         if !chunk.last {
             return;
         }
@@ -172,22 +211,7 @@ impl Worker {
         }
         match self.scheduler.prompt_done(chunk.id) {
             Some(reason) => self.finish(chunk.id, reason),
-            None => self.sample(chunk.id, chunk.slot, logits.last()),
-        }
-    }
-
-    fn decode(&mut self, step: &Step) {
-        let mut tokens = vec![0; step.rows];
-        let mut positions = step.free_position.clone();
-        for decode in &step.decode {
-            if let Some(client) = self.clients.get(&decode.id) {
-                tokens[decode.slot] = client.last;
-                positions[decode.slot] = decode.position;
-            }
-        }
-        let logits = self.forward.decode(&tokens, &positions, step.keys);
-        for decode in &step.decode {
-            self.sample(decode.id, decode.slot, logits.row(decode.slot));
+            None => self.sample(chunk.id, chunk.slot, logits.row(place.end - 1)),
         }
     }
 

@@ -170,6 +170,12 @@ impl Attention {
         }
     }
 
+    /// See [`Linear::pack`].
+    pub fn pack(&mut self) {
+        self.qkv.pack();
+        self.output.pack();
+    }
+
     /// `(b, t, width)` to the same. `angles` turns queries and keys where positions are rotary.
     pub fn forward(&self, layer: usize, x_btc: &Tensor, angles: Option<&Angles>, plan: &mut AttentionPlan) -> Tensor {
         let (b, t, _) = x_btc.size3().expect("attention acts on (b, t, width)");

@@ -2,15 +2,22 @@
 
 use tch::Tensor;
 
-use super::{Init, Parameters};
+use super::{Init, Packed, Parameters};
 use crate::config::{Activation, ModelConfig, Norm};
 
 /// `x W^T + b`.
 #[derive(Debug)]
 pub struct Linear {
-    /// (outputs, inputs)
-    pub weight: Tensor,
-    pub bias: Option<Tensor>,
+    weight: Weight,
+    bias: Option<Tensor>,
+}
+
+/// (outputs, inputs)
+#[derive(Debug)]
+enum Weight {
+    Plain(Tensor),
+    /// For use alone: the parameter is not looked at any more.
+    Packed(Packed),
 }
 
 impl Linear {
@@ -24,11 +31,31 @@ impl Linear {
         let named = |leaf: &str| outputs.iter().map(|(name, rows)| (format!("{name}.{leaf}"), *rows)).collect::<Vec<_>>();
         let weight = parameters.add_parts(&named("weight"), &[inputs], 0, Init::Normal(std));
         let bias = bias.then(|| parameters.add_parts(&named("bias"), &[], 0, Init::Zeros));
-        Linear { weight, bias }
+        Linear { weight: Weight::Plain(weight), bias }
     }
 
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, self.bias.as_ref())
+        match &self.weight {
+            Weight::Plain(weight) => x.linear(weight, self.bias.as_ref()),
+            Weight::Packed(packed) => packed.product(x, self.bias.as_ref(), false),
+        }
+    }
+
+    /// The GELU (tanh) of [`Linear::forward`].
+    pub fn forward_gelu(&self, x: &Tensor) -> Tensor {
+        match &self.weight {
+            Weight::Plain(weight) => x.linear(weight, self.bias.as_ref()).gelu("tanh"),
+            Weight::Packed(packed) => packed.product(x, self.bias.as_ref(), true),
+        }
+    }
+
+    /// Lays the weight out for use alone, where that is possible; its parameter may be dropped.
+    pub fn pack(&mut self) {
+        if let Weight::Plain(weight) = &self.weight
+            && let Some(packed) = Packed::new(weight)
+        {
+            self.weight = Weight::Packed(packed);
+        }
     }
 }
 
@@ -108,14 +135,19 @@ impl Mlp {
     }
 
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        let up = self.up.forward(x);
         let hidden = match self.activation {
-            Activation::Gelu => up.gelu("tanh"),
+            Activation::Gelu => self.up.forward_gelu(x),
             Activation::Swiglu => {
-                let halves = up.chunk(2, -1);
+                let halves = self.up.forward(x).chunk(2, -1);
                 halves[0].silu() * &halves[1]
             }
         };
         self.down.forward(&hidden)
+    }
+
+    /// See [`Linear::pack`].
+    pub fn pack(&mut self) {
+        self.up.pack();
+        self.down.pack();
     }
 }

@@ -8,6 +8,7 @@ pub mod attention;
 mod cache;
 mod dropout;
 mod layers;
+mod packed;
 mod parameters;
 mod rotary;
 
@@ -15,5 +16,6 @@ pub use attention::{Attention, AttentionPlan, Blocks};
 pub use cache::{CacheShape, CachedAttention, KvCache};
 pub use dropout::{Dropout, Site};
 pub use layers::{Embedding, Linear, Mlp, NormLayer};
+pub use packed::Packed;
 pub use parameters::{Init, Parameter, Parameters, Part};
 pub use rotary::{Angles, Rotary};
