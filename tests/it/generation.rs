@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, stream::BoxStream};
 use lathe_api::state::ApiConfig;
-use lathe_tests::{TestApp, within};
+use lathe_tests::{PATIENCE, TestApp, within};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -448,11 +448,18 @@ async fn deterministic_decoding_is_equal_to_the_bit() {
     }
 }
 
-/// What an engine says of itself.
+/// What the engine says of itself, once there is one: a stream is open before its model is loaded.
 async fn engine_load(app: &TestApp) -> Value {
     let db = PgPool::connect(&app.database_url()).await.expect("the stack's database");
-    let (address, secret): (String, String) =
-        sqlx::query_as("SELECT address, secret FROM replicas WHERE state = 'ready'").fetch_one(&db).await.expect("one replica");
+    let began = Instant::now();
+    let (address, secret): (String, String) = loop {
+        let ready = sqlx::query_as("SELECT address, secret FROM replicas WHERE state = 'ready'").fetch_optional(&db);
+        if let Some(replica) = ready.await.expect("the table is there") {
+            break replica;
+        }
+        assert!(began.elapsed() < PATIENCE, "no engine is ready");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
     db.close().await;
     assert_eq!(app.client.get(format!("http://{address}/load")).send().await.expect("an answer").status(), 401);
     app.send(app.client.get(format!("http://{address}/load")).bearer_auth(secret)).await.ok()
@@ -501,6 +508,7 @@ async fn a_full_queue_refuses_and_lets_in_who_comes_when_there_is_room() {
     let body = json!({"model": model, "prompt": "x", "max_tokens": 8000, "n": 16});
     // 32 run and 256 wait: eighteen requests of sixteen sequences.
     let mut full = futures_util::future::join_all((0..18).map(|_| open(&app, COMPLETIONS, &body))).await;
+    engine_load(&app).await;
     let began = Instant::now();
     while engine_load(&app).await["open"] != 288 {
         assert!(began.elapsed() < Duration::from_secs(20), "the queue is not full");
