@@ -88,7 +88,8 @@ pub fn open(file: &InputFile, bounds: &Bounds) -> Result<Opened, Failure> {
     let raw = File::open(&file.path).map_err(read_failure)?;
     let bytes = raw.metadata().map_err(read_failure)?.len();
     let mut reader: Box<dyn Read> = Box::new(Raw { file: raw, position: bounds.position.clone() });
-    for depth in 0.. {
+    let mut depth = 0;
+    loop {
         let mut head = read_head(&mut reader).map_err(read_failure)?;
         let magic = recognise(&head);
         if let Some(refusal) = magic.refusal(&name) {
@@ -126,8 +127,8 @@ pub fn open(file: &InputFile, bounds: &Bounds) -> Result<Opened, Failure> {
             max_bytes: bounds.max_bytes,
             unfolded: bounds.unfolded.clone(),
         });
+        depth += 1;
     }
-    unreachable!("the loop returns at its last layer")
 }
 
 /// The bytes on the disk. Its errors are the disk's, so that those of the layers above are not.
