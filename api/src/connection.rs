@@ -31,10 +31,10 @@ pub const KEEP_ALIVE: Duration = Duration::from_secs(120);
 pub struct Activity(Arc<AtomicBool>);
 
 impl Activity {
-    /// From a request's head until what this returns is dropped.
-    pub fn begin(&self) -> Answering {
+    /// From a request's head until its answer and its body are done with, and so what this returns is dropped.
+    pub fn begin(&self) -> Arc<Answering> {
         self.0.store(true, Ordering::Release);
-        Answering(self.clone())
+        Arc::new(Answering(self.clone()))
     }
 }
 
@@ -51,11 +51,11 @@ impl Drop for Answering {
 /// An answer's body, with which the answering ends.
 pub struct Answer {
     body: axum::body::Body,
-    _answering: Answering,
+    _answering: Arc<Answering>,
 }
 
 impl Answer {
-    pub fn new(body: axum::body::Body, answering: Answering) -> Answer {
+    pub fn new(body: axum::body::Body, answering: Arc<Answering>) -> Answer {
         Answer { body, _answering: answering }
     }
 }

@@ -17,6 +17,7 @@ pub mod event_hub;
 pub mod generation;
 pub mod idempotency;
 pub mod keys;
+mod lingering;
 pub mod logging;
 mod made;
 pub mod metadata;

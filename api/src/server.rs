@@ -2,7 +2,8 @@
 //!
 //! Promises that hold whatever a route does: every answer has an `x-request-id`, which is in the
 //! log too; every refusal has the shape of [`crate::problem::ErrorBody`], a panic's included; a
-//! request's head and body must keep arriving; at shutdown open requests get a moment to end.
+//! request's head and body must keep arriving, and a body that nobody wants may be sent to its end all the
+//! same; at shutdown open requests get a moment to end.
 
 use std::{
     convert::Infallible,
@@ -17,7 +18,7 @@ use axum::{
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
-use hyper::service::service_fn;
+use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::graceful::GracefulShutdown,
@@ -36,6 +37,7 @@ use utoipa_swagger_ui::SwaggerUi;
 use crate::{
     connection::{Activity, Answer, KEEP_ALIVE, Timed},
     idempotency::REPLAYED,
+    lingering::Lingering,
     openapi,
     problem::{ApiError, SHOULD_RETRY},
     routes,
@@ -138,8 +140,12 @@ pub async fn serve(listener: TcpListener, state: AppState) -> io::Result<()> {
         }
         let (app, activity) = (app.clone(), Activity::default());
         let stream = Timed::new(stream, activity.clone(), state.config.header_timeout);
-        let service = service_fn(move |request| {
+        let shutdown = state.shutdown.clone();
+        let service = service_fn(move |request: hyper::Request<Incoming>| {
             let (app, answering) = (app.clone(), activity.begin());
+            let (head, body) = request.into_parts();
+            let body = Lingering::new(&head.headers, body, answering.clone(), shutdown.clone());
+            let request = Request::from_parts(head, axum::body::Body::new(body));
             async move {
                 let answer = app.oneshot(request).await?;
                 Ok::<_, Infallible>(answer.map(|body| Answer::new(body, answering)))

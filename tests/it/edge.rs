@@ -141,6 +141,31 @@ async fn an_announced_body_is_refused_before_it_is_read(db: PgPool) {
     }
 }
 
+/// A client that reads no answer before its whole body is sent, as most do.
+#[sqlx::test(migrator = "lathe_api::MIGRATOR")]
+async fn a_body_that_nobody_wants_may_be_sent_to_its_end(db: PgPool) {
+    let api = Api::start_with(db, ApiConfig { header_timeout: Duration::from_millis(200), ..ApiConfig::default() }).await;
+    let length = 32 << 20;
+    let mut stream = connect(&api).await;
+    let head = format!(
+        "POST /v1/projects HTTP/1.1\r\nHost: lathe\r\nAuthorization: Bearer {}\r\nContent-Type: application/json\r\n\
+         Content-Length: {length}\r\n\r\n",
+        api.key
+    );
+    send(&mut stream, &head).await;
+    for half in 0..2 {
+        for _ in 0..16 {
+            stream.write_all(&vec![b' '; length / 32]).await.unwrap_or_else(|error| panic!("in half {half}: {error}"));
+        }
+        // Longer than a head may take, which is not what is arriving.
+        tokio::time::sleep(Duration::from_millis(400)).await;
+    }
+    let (status, body) = read_answer(&mut stream).await;
+    assert_eq!((status, &body["error"]["code"]), (413, &json!("too_large")), "{body}");
+    send(&mut stream, "GET /healthz HTTP/1.1\r\nHost: lathe\r\n\r\n").await;
+    assert_eq!(read_answer(&mut stream).await.0, 200, "the connection is as good as before");
+}
+
 /// Whatever is asked, and by whom.
 #[sqlx::test(migrator = "lathe_api::MIGRATOR")]
 async fn every_answer_has_a_request_id_and_every_refusal_its_shape(db: PgPool) {
