@@ -10,21 +10,29 @@
 //! A form with a file is not held in memory: its handler hashes it while it arrives
 //! ([`Fingerprint`]), and a repetition is hashed before it gets the first answer.
 //!
+//! The answer is kept in the transaction that creates ([`Creation::commit`]): whenever a server dies,
+//! either both are there or neither, and a repetition is answered with what was made or makes it.
+//!
 //! A creation goes on when its client is gone, so that the retry finds its answer.
+
+use std::{convert::Infallible, sync::Arc};
 
 use axum::{
     body::Body,
-    extract::{MatchedPath, Request, State},
-    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header},
+    extract::{FromRequestParts, MatchedPath, Request, State},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header, request::Parts},
     middleware::Next,
     response::{IntoResponse, Response},
 };
+use serde::Serialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use sqlx::PgPool;
+use sqlx::{PgExecutor, PgPool, Postgres, Transaction};
+use time::OffsetDateTime;
 
 use crate::{
     auth::Project,
+    commit::commit,
     multipart::{self, Fingerprint},
     parse,
     problem::ApiError,
@@ -50,6 +58,7 @@ pub const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 const ANSWER_LIMIT: usize = 64 << 20;
 
 /// What makes two requests the same one.
+#[derive(Clone, Debug)]
 struct Identity {
     project_id: String,
     key: String,
@@ -59,6 +68,64 @@ struct Identity {
     kept: f64,
     /// Whether an answer of an earlier request may be given.
     replays: bool,
+}
+
+/// How the handler of a creation ends it. Of a request that no other repeats, it keeps nothing.
+#[derive(Clone, Debug, Default)]
+pub struct Creation(Option<Arc<Reserved>>);
+
+/// An identity that is this request's.
+#[derive(Debug)]
+struct Reserved {
+    identity: Identity,
+    /// When it was taken, by the database's clock; whoever takes it over later has another time.
+    since: OffsetDateTime,
+    /// The request's line, and what tells a form's fields once they have arrived.
+    line: String,
+    fingerprint: Option<Fingerprint>,
+}
+
+impl Reserved {
+    /// The hash of a request that has wholly arrived.
+    fn body_sha256(&self) -> Option<String> {
+        match &self.fingerprint {
+            Some(fingerprint) => fingerprint.get().map(|form| hash(&self.line, form.as_bytes())),
+            None => Some(self.identity.body_sha256.clone()),
+        }
+    }
+}
+
+impl Creation {
+    /// Commits what was created together with the answer to whoever repeats the request.
+    ///
+    /// # Errors
+    /// 409 where the request took so long that a repetition of it was let in; nothing is created then.
+    pub async fn commit<T: Serialize>(
+        &self,
+        db: &PgPool,
+        mut tx: Transaction<'_, Postgres>,
+        status: StatusCode,
+        answer: &T,
+    ) -> Result<(), ApiError> {
+        if let Some(reserved) = &self.0
+            && let Some(body_sha256) = reserved.body_sha256()
+        {
+            let response = serde_json::to_value(answer).map_err(ApiError::internal)?;
+            let kept = Kept { status, response, body_sha256 };
+            if !store(&mut *tx, reserved, &kept).await? {
+                return Err(ApiError::in_flight());
+            }
+        }
+        Ok(commit(db, tx).await?)
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for Creation {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Creation, Infallible> {
+        Ok(parts.extensions.get().cloned().unwrap_or_default())
+    }
 }
 
 /// Middleware, inside of [`crate::auth::require_key`].
@@ -88,9 +155,9 @@ pub async fn replay(State(state): State<AppState>, request: Request, next: Next)
     if let Some(fingerprint) = &fingerprint {
         parts.extensions.insert(fingerprint.clone());
     }
-    let request = Request::from_parts(parts, body);
-    match held {
-        Reservation::Taken => {}
+    let mut request = Request::from_parts(parts, body);
+    let since = match held {
+        Reservation::Taken { since } => since,
         Reservation::Unanswered if identity.replays => return Err(ApiError::in_flight()),
         // Another request with the same body, meant as such: the two are nothing to each other.
         Reservation::Unanswered => return Ok(next.run(request).await),
@@ -104,15 +171,10 @@ pub async fn replay(State(state): State<AppState>, request: Request, next: Next)
             }
             return Ok(repeated(status, response));
         }
-    }
-    let answering = tokio::spawn(async move {
-        let answer = next.run(request).await;
-        let arrived = match &fingerprint {
-            Some(fingerprint) => fingerprint.get().map(|form| hash(&line, form.as_bytes())),
-            None => Some(identity.body_sha256.clone()),
-        };
-        keep(&state.db, identity, arrived, answer).await
-    });
+    };
+    let reserved = Arc::new(Reserved { identity, since, line, fingerprint });
+    request.extensions_mut().insert(Creation(Some(reserved.clone())));
+    let answering = tokio::spawn(async move { keep_refusal(&state.db, reserved, next.run(request).await).await });
     answering.await.map_err(ApiError::internal)?
 }
 
@@ -150,7 +212,9 @@ fn identity(headers: &HeaderMap, caller: Project, body_sha256: String, streamed:
 /// What stands under an identity.
 enum Reservation {
     /// It is this request's now.
-    Taken,
+    Taken {
+        since: OffsetDateTime,
+    },
     /// Another one's, which is being answered.
     Unanswered,
     Answered {
@@ -161,25 +225,26 @@ enum Reservation {
 }
 
 /// Takes the identity for this request unless it is taken. An unanswered reservation is void after a
-/// minute (an hour for an upload): its server died.
+/// minute (an hour for an upload): its server died before it created anything, or can no longer.
 async fn reserve(db: &PgPool, identity: &Identity, streamed: bool) -> Result<Reservation, ApiError> {
     let patience = if streamed { 3_600.0 } else { 60.0 };
-    let taken = sqlx::query!(
+    let taken = sqlx::query_scalar!(
         "INSERT INTO idempotent_requests AS held (project_id, key, body_sha256, expires_at)
          VALUES ($1, $2, $3, now() + make_interval(secs => $4))
          ON CONFLICT (project_id, key) DO UPDATE
             SET body_sha256 = excluded.body_sha256, status = NULL, response = NULL, created_at = now(), expires_at = excluded.expires_at
-            WHERE held.expires_at <= now() OR (NOT $5 AND held.status IS NOT NULL)",
+            WHERE held.expires_at <= now() OR (NOT $5 AND held.status IS NOT NULL)
+         RETURNING created_at",
         identity.project_id,
         identity.key,
         identity.body_sha256,
         patience,
         identity.replays,
     )
-    .execute(db)
+    .fetch_optional(db)
     .await?;
-    if taken.rows_affected() == 1 {
-        return Ok(Reservation::Taken);
+    if let Some(since) = taken {
+        return Ok(Reservation::Taken { since });
     }
     let held = sqlx::query!(
         "SELECT body_sha256, status, response FROM idempotent_requests WHERE project_id = $1 AND key = $2",
@@ -205,54 +270,62 @@ fn repeated(status: StatusCode, response: Value) -> Response {
     answer
 }
 
-/// Keeps an answer that will stay true to a request that has `arrived` (its hash); any other frees the
-/// identity for the next attempt.
-async fn keep(db: &PgPool, identity: Identity, arrived: Option<String>, answer: Response) -> Result<Response, ApiError> {
+/// An answer for whoever repeats its request.
+struct Kept {
+    status: StatusCode,
+    response: Value,
+    /// Of the request.
+    body_sha256: String,
+}
+
+/// Keeps a refusal that will stay true; what was created has kept its answer itself. Any other answer
+/// frees the identity for the next attempt.
+async fn keep_refusal(db: &PgPool, reserved: Arc<Reserved>, answer: Response) -> Result<Response, ApiError> {
     let lasting = answer.status().is_success() || matches!(answer.status().as_u16(), 400 | 404 | 413 | 415 | 422);
     let (parts, body) = answer.into_parts();
     let bytes = parse::read_body(&parts.headers, body, ANSWER_LIMIT).await?;
-    let kept = serde_json::from_slice::<Value>(&bytes).ok().filter(|_| lasting).zip(arrived);
-    if let Err(error) = store(db, &identity, parts.status, kept.as_ref()).await {
-        // What was asked for has happened; losing its record must not turn the answer into a failure.
-        tracing::warn!(%error, "the answer to a creation waits for the database");
-        tokio::spawn(store_later(db.clone(), identity, parts.status, kept));
+    let response = serde_json::from_slice::<Value>(&bytes).ok().filter(|_| lasting);
+    let kept = response.zip(reserved.body_sha256());
+    let kept = kept.map(|(response, body_sha256)| Kept { status: parts.status, response, body_sha256 });
+    let done = match &kept {
+        Some(kept) => store(db, &reserved, kept).await.map(drop),
+        None => free(db, &reserved).await,
+    };
+    if let Err(error) = done {
+        // The reservation runs out by itself.
+        tracing::warn!(%error, "a request's idempotency key stays taken for a while");
     }
     Ok(Response::from_parts(parts, Body::from(bytes)))
 }
 
-async fn store(db: &PgPool, identity: &Identity, status: StatusCode, kept: Option<&(Value, String)>) -> Result<(), sqlx::Error> {
-    let stored = match kept {
-        Some((response, arrived)) => {
-            sqlx::query!(
-                "UPDATE idempotent_requests
-                 SET status = $3, response = $4, expires_at = now() + make_interval(secs => $5), body_sha256 = $6
-                 WHERE project_id = $1 AND key = $2",
-                identity.project_id,
-                identity.key,
-                i32::from(status.as_u16()),
-                response,
-                identity.kept,
-                arrived,
-            )
-            .execute(db)
-            .await
-        }
-        None => {
-            sqlx::query!("DELETE FROM idempotent_requests WHERE project_id = $1 AND key = $2", identity.project_id, identity.key)
-                .execute(db)
-                .await
-        }
-    };
-    stored.map(drop)
+/// False: the identity is another's, or has its answer already.
+async fn store(db: impl PgExecutor<'_>, reserved: &Reserved, kept: &Kept) -> Result<bool, sqlx::Error> {
+    let identity = &reserved.identity;
+    let stored = sqlx::query!(
+        "UPDATE idempotent_requests
+         SET status = $4, response = $5, expires_at = now() + make_interval(secs => $6), body_sha256 = $7
+         WHERE project_id = $1 AND key = $2 AND created_at = $3 AND status IS NULL",
+        identity.project_id,
+        identity.key,
+        reserved.since,
+        i32::from(kept.status.as_u16()),
+        kept.response,
+        identity.kept,
+        kept.body_sha256,
+    )
+    .execute(db)
+    .await?;
+    Ok(stored.rows_affected() == 1)
 }
 
-/// Stores as soon as the database is back, before the reservation becomes void.
-async fn store_later(db: PgPool, identity: Identity, status: StatusCode, kept: Option<(Value, String)>) {
-    for _ in 0..100 {
-        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
-        if store(&db, &identity, status, kept.as_ref()).await.is_ok() {
-            return;
-        }
-    }
-    tracing::error!("the answer to a creation could not be kept");
+async fn free(db: &PgPool, reserved: &Reserved) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "DELETE FROM idempotent_requests WHERE project_id = $1 AND key = $2 AND created_at = $3 AND status IS NULL",
+        reserved.identity.project_id,
+        reserved.identity.key,
+        reserved.since,
+    )
+    .execute(db)
+    .await
+    .map(drop)
 }

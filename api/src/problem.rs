@@ -196,6 +196,14 @@ impl From<sqlx::Error> for ApiError {
     }
 }
 
+impl ApiError {
+    /// Whether what was asked for may have happened in spite of this answer: the database was lost in the
+    /// middle of it. What no row names in the end is swept by housekeeping.
+    pub fn may_have_taken_effect(&self) -> bool {
+        self.status == StatusCode::SERVICE_UNAVAILABLE
+    }
+}
+
 fn database_lost() -> ApiError {
     ApiError::unavailable("database_unavailable", 2, "The database cannot be reached just now; try again in a few seconds.")
 }

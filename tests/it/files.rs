@@ -174,6 +174,24 @@ async fn parts_become_a_file_in_the_order_of_completion(db: PgPool) {
     assert_eq!((api.stored("files"), api.stored("parts"), api.stored("tmp")), (1, 0, 0));
 }
 
+/// Whether the client heard the first answer cannot be known, so the retry gets the same part; a client
+/// that did hear it names the part where both belong.
+#[sqlx::test(migrator = "lathe_api::MIGRATOR")]
+async fn an_sdks_retry_makes_no_second_part(db: PgPool) {
+    let api = Api::start(db).await;
+    let begin = json!({"filename": "a.txt", "purpose": "fine-tune", "bytes": 6, "mime_type": "text/plain"});
+    let id = api.post("/v1/uploads", &begin).await.1["id"].as_str().unwrap().to_owned();
+    let first = part(&api, &id, b"abc").await;
+    let form = Form::new().part("data", Part::bytes(&b"abc"[..]).file_name("part"));
+    let retry = api.request(Method::POST, &format!("/v1/uploads/{id}/parts")).header("x-stainless-retry-count", "1");
+    assert_eq!(answer(retry.multipart(form)).await.1["id"], first);
+    assert_eq!((api.stored("parts"), api.stored("tmp")), (1, 0));
+    let (status, done) = api.post(&format!("/v1/uploads/{id}/complete"), &json!({"part_ids": [first, first]})).await;
+    assert_eq!(status, 200, "{done}");
+    let path = format!("/v1/files/{}/content", done["file"]["id"].as_str().unwrap());
+    assert_eq!(api.request(Method::GET, &path).send().await.unwrap().bytes().await.unwrap(), "abcabc");
+}
+
 #[sqlx::test(migrator = "lathe_api::MIGRATOR")]
 async fn a_cancelled_or_expired_upload_takes_no_parts(db: PgPool) {
     let api = Api::start(db.clone()).await;

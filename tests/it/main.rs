@@ -14,6 +14,7 @@ mod files;
 mod generation;
 mod handmade;
 mod lists;
+mod once;
 mod openai_sdk;
 mod processes;
 mod training;

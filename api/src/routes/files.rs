@@ -7,7 +7,7 @@ use axum::{
     Json,
     body::Body,
     extract::{Request, State},
-    http::{HeaderMap, HeaderValue, header},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     response::Response,
 };
 use lathe_jobs::{artifacts::Written, ids};
@@ -21,7 +21,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     auth::Project,
-    commit::commit,
+    idempotency::Creation,
     metadata::Metadata,
     multipart::{self, Expected},
     page::{List, Order, Page, fetch_page},
@@ -215,7 +215,12 @@ pub(super) async fn remove_artifact(state: &AppState, key: String) {
     request_body(content = CreateFile, content_type = "multipart/form-data"),
     responses((status = 200, description = "The file", body = FileObject), (status = 507, description = "The disk is full"))
 )]
-async fn create_file(State(state): State<AppState>, caller: Project, request: Request) -> Result<Json<FileObject>, ApiError> {
+async fn create_file(
+    State(state): State<AppState>,
+    caller: Project,
+    creation: Creation,
+    request: Request,
+) -> Result<Json<FileObject>, ApiError> {
     let retried = is_retry(request.headers());
     let id = ids::new_dashed("file");
     let expected = Expected {
@@ -236,22 +241,16 @@ async fn create_file(State(state): State<AppState>, caller: Project, request: Re
         metadata: &fields.metadata.unwrap_or_default(),
         expires_after: fields.expires_after.map(|expiry| expiry.seconds),
     };
-    match register(&state.db, file, retried).await {
-        Ok(row) => {
-            if row.id != id {
-                remove_artifact(&state, artifact_key(&id)).await;
-            }
-            Ok(Json(row.into()))
-        }
-        Err(error) => {
-            remove_artifact(&state, artifact_key(&id)).await;
-            Err(error.into())
-        }
+    let registered = register(&state.db, &creation, file, retried).await;
+    let has_row = registered.as_ref().map_or_else(ApiError::may_have_taken_effect, |file| file.id == id);
+    if !has_row {
+        remove_artifact(&state, artifact_key(&id)).await;
     }
+    registered.map(Json)
 }
 
 /// Inserts the row; for an SDK's retry, the file that its earlier attempt made is the answer.
-async fn register(db: &PgPool, file: NewFile<'_>, retried: bool) -> Result<FileRow, sqlx::Error> {
+async fn register(db: &PgPool, creation: &Creation, file: NewFile<'_>, retried: bool) -> Result<FileObject, ApiError> {
     let mut conn = db.acquire().await?;
     if retried {
         let earlier = sqlx::query_as!(
@@ -269,17 +268,17 @@ async fn register(db: &PgPool, file: NewFile<'_>, retried: bool) -> Result<FileR
         .fetch_optional(&mut *conn)
         .await?;
         if let Some(row) = earlier {
-            return Ok(row);
+            return Ok(row.into());
         }
     }
     drop(conn);
     let mut tx = db.begin().await?;
-    let row = insert_file(&mut tx, file).await?;
-    commit(db, tx).await?;
-    Ok(row)
+    let file = FileObject::from(insert_file(&mut tx, file).await?);
+    creation.commit(db, tx, StatusCode::OK, &file).await?;
+    Ok(file)
 }
 
-fn is_retry(headers: &HeaderMap) -> bool {
+pub(super) fn is_retry(headers: &HeaderMap) -> bool {
     let count =
         headers.get("x-stainless-retry-count").and_then(|count| count.to_str().ok()).and_then(|count| count.parse::<u32>().ok());
     count.is_some_and(|count| count > 0)

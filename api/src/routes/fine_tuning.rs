@@ -8,7 +8,7 @@ mod shapes;
 
 use std::collections::BTreeMap;
 
-use axum::{Json, extract::State};
+use axum::{Json, extract::State, http::StatusCode};
 use lathe_jobs::spec::{DatasetSource, Documents, Format, OnBadRow};
 use lathe_model::config::{Method, Schedule, Template, TrainConfig, Validation};
 use sqlx::{Connection, PgConnection};
@@ -21,7 +21,7 @@ use self::shapes::{
 use super::training::{self, JobRow, control::Action, create, select_jobs};
 use crate::{
     auth::Project,
-    commit::commit,
+    idempotency::Creation,
     metadata::Metadata,
     page::{List, Page, fetch_page},
     parse::{Body, NoBody, Path, Query},
@@ -57,6 +57,7 @@ pub fn router() -> OpenApiRouter<AppState> {
 async fn create_fine_tuning_job(
     State(state): State<AppState>,
     project: Project,
+    creation: Creation,
     Body(body): Body<CreateFineTuningJob>,
 ) -> Result<Json<FineTuningJobObject>, ApiError> {
     let stored = serde_json::to_value(&body).map_err(ApiError::internal)?;
@@ -85,8 +86,9 @@ async fn create_fine_tuning_job(
         if error.body.error.param.as_deref() == Some("base_model") { error.with_param("model") } else { error }
     })?;
     let row = find(&mut tx, &project.project_id, &id).await?;
-    commit(&state.db, tx).await?;
-    Ok(Json(FineTuningJobObject::new(row, &project.project_id)))
+    let job = FineTuningJobObject::new(row, &project.project_id);
+    creation.commit(&state.db, tx, StatusCode::OK, &job).await?;
+    Ok(Json(job))
 }
 
 /// A dataset of one file, made for the job.

@@ -11,7 +11,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     auth::{self, Admin, Scope},
-    commit::commit,
+    idempotency::Creation,
     metadata::Metadata,
     page::{List, Order, Page, fetch_page},
     parse::{Body, OptionalBody, Path, Query},
@@ -75,6 +75,7 @@ impl From<ProjectRow> for ProjectObject {
 async fn create_project(
     State(state): State<AppState>,
     _: Admin,
+    creation: Creation,
     Body(request): Body<CreateProject>,
 ) -> Result<Json<ProjectObject>, ApiError> {
     let mut tx = state.db.begin().await?;
@@ -87,8 +88,9 @@ async fn create_project(
     )
     .fetch_one(&mut *tx)
     .await?;
-    commit(&state.db, tx).await?;
-    Ok(Json(row.into()))
+    let project = ProjectObject::from(row);
+    creation.commit(&state.db, tx, StatusCode::OK, &project).await?;
+    Ok(Json(project))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]

@@ -26,7 +26,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::datasets;
 use crate::{
     auth::Project,
-    commit::commit,
+    idempotency::Creation,
     made::{delete_made, find_usable},
     metadata::Metadata,
     page::{List, Page, fetch_page},
@@ -195,6 +195,7 @@ pub(super) async fn find_usable(
 async fn create_tokenizer(
     State(state): State<AppState>,
     project: Project,
+    creation: Creation,
     Body(body): Body<CreateTokenizer>,
 ) -> Result<(StatusCode, Json<TokenizerObject>), ApiError> {
     let mut conn = state.db.acquire().await?;
@@ -204,8 +205,9 @@ async fn create_tokenizer(
         CreateTokenizer::Import(body) => insert_imported(&mut tx, &project.project_id, body).await?,
     };
     let row = find(&mut tx, &project.project_id, &id).await?;
-    commit(&state.db, tx).await?;
-    Ok((StatusCode::CREATED, Json(row.into())))
+    let tokenizer = TokenizerObject::from(row);
+    creation.commit(&state.db, tx, StatusCode::CREATED, &tokenizer).await?;
+    Ok((StatusCode::CREATED, Json(tokenizer)))
 }
 
 async fn insert_trained(conn: &mut PgConnection, project_id: &str, body: TrainTokenizer) -> Result<String, ApiError> {

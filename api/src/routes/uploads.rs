@@ -6,6 +6,7 @@
 use axum::{
     Json,
     extract::{Request, State},
+    http::StatusCode,
 };
 use lathe_jobs::{
     artifacts::{ArtifactError, Written},
@@ -24,6 +25,7 @@ use super::files::{self, ExpiresAfter, FileObject, FileRow, NewFile, Purpose};
 use crate::{
     auth::Project,
     commit::commit,
+    idempotency::Creation,
     metadata::Metadata,
     multipart::{self, Expected},
     parse::{Body, NoBody, Path},
@@ -116,6 +118,7 @@ impl UploadRow {
 async fn create_upload(
     State(state): State<AppState>,
     caller: Project,
+    creation: Creation,
     Body(request): Body<CreateUpload>,
 ) -> Result<Json<UploadObject>, ApiError> {
     if request.bytes.unsigned_abs() > state.config.file_limit {
@@ -138,8 +141,9 @@ async fn create_upload(
     )
     .fetch_one(&mut *tx)
     .await?;
-    commit(&state.db, tx).await?;
-    Ok(Json(row.object(None)))
+    let upload = row.object(None);
+    creation.commit(&state.db, tx, StatusCode::OK, &upload).await?;
+    Ok(Json(upload))
 }
 
 async fn find_upload(db: &PgPool, project_id: &str, id: &str) -> Result<UploadRow, ApiError> {
@@ -200,24 +204,41 @@ async fn create_upload_part(
     State(state): State<AppState>,
     caller: Project,
     Path(upload_id): Path<String>,
+    creation: Creation,
     request: Request,
 ) -> Result<Json<UploadPart>, ApiError> {
     require_pending(&find_upload(&state.db, &caller.project_id, &upload_id).await?)?;
-    let id = ids::new("part");
+    let (id, retried) = (ids::new("part"), files::is_retry(request.headers()));
     let key = format!("parts/{id}");
     let expected = Expected { file_field: "data", texts: &[], key: &key, limit: state.config.part_limit };
     let written = multipart::receive(&state, request, expected).await?.upload.finish().await?;
-    let added = add_part(&state, &upload_id, &id, &written).await;
-    match added {
-        Ok(created_at) => Ok(Json(UploadPart { id, object: "upload.part", created_at: created_at.unix_timestamp(), upload_id })),
-        Err(error) => {
-            files::remove_artifact(&state, key).await;
-            Err(error)
-        }
+    let new = NewPart { id: &id, upload_id: &upload_id, written: &written, retried };
+    let added = add_part(&state, &creation, new).await;
+    let has_row = added.as_ref().map_or_else(ApiError::may_have_taken_effect, |part| part.id == id);
+    if !has_row {
+        files::remove_artifact(&state, key).await;
     }
+    added.map(Json)
 }
 
-async fn add_part(state: &AppState, upload_id: &str, id: &str, written: &Written) -> Result<OffsetDateTime, ApiError> {
+/// A part whose bytes lie in the store.
+struct NewPart<'a> {
+    id: &'a str,
+    upload_id: &'a str,
+    written: &'a Written,
+    /// Sent before, perhaps, by the same client.
+    retried: bool,
+}
+
+/// Adds the part; for an SDK's retry, the upload's part with the same bytes is the answer.
+async fn add_part(state: &AppState, creation: &Creation, new: NewPart<'_>) -> Result<UploadPart, ApiError> {
+    let NewPart { id, upload_id, written, retried } = new;
+    let answer = |id: &str, created_at: OffsetDateTime| UploadPart {
+        id: id.to_owned(),
+        object: "upload.part",
+        created_at: created_at.unix_timestamp(),
+        upload_id: upload_id.to_owned(),
+    };
     let mut transaction = state.db.begin().await?;
     // Parts that arrive side by side are counted one after the other.
     let pending = sqlx::query_scalar!(
@@ -228,6 +249,18 @@ async fn add_part(state: &AppState, upload_id: &str, id: &str, written: &Written
     .await?;
     if pending.is_none() {
         return Err(ApiError::conflict(format!("The upload `{upload_id}` is no longer pending; begin a new one.")));
+    }
+    if retried {
+        let earlier = sqlx::query!(
+            "SELECT id, created_at FROM upload_parts WHERE upload_id = $1 AND sha256 = $2 ORDER BY created_at DESC LIMIT 1",
+            upload_id,
+            written.sha256,
+        )
+        .fetch_optional(&mut *transaction)
+        .await?;
+        if let Some(part) = earlier {
+            return Ok(answer(&part.id, part.created_at));
+        }
     }
     let before = sqlx::query_scalar!(
         r#"SELECT coalesce(sum(bytes), 0)::bigint AS "sum!" FROM upload_parts WHERE upload_id = $1"#,
@@ -248,15 +281,16 @@ async fn add_part(state: &AppState, upload_id: &str, id: &str, written: &Written
     )
     .fetch_one(&mut *transaction)
     .await?;
-    commit(&state.db, transaction).await?;
-    Ok(created_at)
+    let part = answer(id, created_at);
+    creation.commit(&state.db, transaction, StatusCode::OK, &part).await?;
+    Ok(part)
 }
 
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"part_ids": ["part_01J8Z0M5V4Q1X7Y2K3N6R9T0WB"]}))]
 pub struct CompleteUpload {
-    /// In the order in which they make the file.
+    /// In the order in which they make the file. A part whose bytes occur several times in it may be named as often.
     #[schema(min_items = 1, max_items = 10000)]
     part_ids: Vec<String>,
     /// Of the whole file, in hex; checked if given.
@@ -307,26 +341,26 @@ async fn complete_upload(
             Ok(Json(upload.object(Some(file))))
         }
         Err(error) => {
-            files::remove_artifact(&state, files::artifact_key(&file_id)).await;
+            if !error.may_have_taken_effect() {
+                files::remove_artifact(&state, files::artifact_key(&file_id)).await;
+            }
             Err(error)
         }
     }
 }
 
-/// The store's keys of the named parts, which must be this upload's, each once, and add up.
+/// The store's keys of the named parts, which must be this upload's and add up. A retried part is one with
+/// an earlier part of the same bytes, so one may stand in several places.
 async fn ordered_parts(db: &PgPool, upload: &UploadRow, part_ids: &[String]) -> Result<Vec<String>, ApiError> {
     let rows = sqlx::query!("SELECT id, bytes, artifact FROM upload_parts WHERE upload_id = $1", upload.id).fetch_all(db).await?;
-    let mut parts: std::collections::HashMap<String, (i64, String)> =
+    let parts: std::collections::HashMap<String, (i64, String)> =
         rows.into_iter().map(|row| (row.id, (row.bytes, row.artifact))).collect();
-    let (mut keys, mut bytes) = (Vec::with_capacity(part_ids.len()), 0);
+    let (mut keys, mut bytes) = (Vec::with_capacity(part_ids.len()), 0_i64);
     for (index, id) in part_ids.iter().enumerate() {
-        let param = format!("part_ids[{index}]");
-        if part_ids[..index].contains(id) {
-            return Err(ApiError::unprocessable("part_repeated", param, format!("The part `{id}` is named twice.")));
-        }
-        let (size, key) = parts.remove(id).ok_or_else(|| ApiError::not_found("part", id).with_param(param))?;
-        bytes += size;
-        keys.push(key);
+        let found = parts.get(id).ok_or_else(|| ApiError::not_found("part", id).with_param(format!("part_ids[{index}]")));
+        let (size, key) = found?;
+        bytes = bytes.saturating_add(*size);
+        keys.push(key.clone());
     }
     if bytes != upload.bytes {
         let message = format!(

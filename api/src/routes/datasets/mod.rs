@@ -20,7 +20,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     auth::Project,
-    commit::commit,
+    idempotency::Creation,
     made::{delete_made, find_usable},
     metadata::Metadata,
     page::{List, Page, fetch_page},
@@ -163,6 +163,7 @@ pub(super) async fn find(conn: &mut PgConnection, project_id: &str, id: &str) ->
 async fn create_dataset(
     State(state): State<AppState>,
     project: Project,
+    creation: Creation,
     Body(body): Body<CreateDataset>,
 ) -> Result<(StatusCode, Json<DatasetObject>), ApiError> {
     let source = body.source.resolve()?;
@@ -171,8 +172,9 @@ async fn create_dataset(
     let mut tx = conn.begin().await?;
     let id = new.insert(&mut tx, &project.project_id).await?;
     let row = find(&mut tx, &project.project_id, &id).await?;
-    commit(&state.db, tx).await?;
-    Ok((StatusCode::CREATED, Json(row.into())))
+    let dataset = DatasetObject::from(row);
+    creation.commit(&state.db, tx, StatusCode::CREATED, &dataset).await?;
+    Ok((StatusCode::CREATED, Json(dataset)))
 }
 
 /// A dataset to make, with the job that makes it.

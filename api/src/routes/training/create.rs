@@ -17,7 +17,7 @@ use sqlx::{Connection, PgConnection};
 use super::TrainingJobObject;
 use crate::{
     auth::Project,
-    commit::commit,
+    idempotency::Creation,
     metadata::Metadata,
     parse::Body,
     problem::ApiError,
@@ -46,6 +46,7 @@ const DEVICES: i32 = 1;
 pub(super) async fn create_training_job(
     State(state): State<AppState>,
     project: Project,
+    creation: Creation,
     Body(body): Body<TrainBody>,
 ) -> Result<(StatusCode, Json<TrainingJobObject>), ApiError> {
     let stored = serde_json::to_value(&body).map_err(ApiError::internal)?;
@@ -55,8 +56,9 @@ pub(super) async fn create_training_job(
     let suffix = request.name.clone();
     let id = insert(&mut tx, &project.project_id, request, stored, suffix.as_deref()).await?;
     let row = super::find(&mut tx, &project.project_id, &id).await?;
-    commit(&state.db, tx).await?;
-    Ok((StatusCode::CREATED, Json(row.into())))
+    let job = TrainingJobObject::from(row);
+    creation.commit(&state.db, tx, StatusCode::CREATED, &job).await?;
+    Ok((StatusCode::CREATED, Json(job)))
 }
 
 /// What a job starts from, looked up.
