@@ -122,6 +122,10 @@ def check_chat(model):
         text += "".join(choice.delta.content or "" for choice in chunk.choices)
     assert text == (whole.choices[0].message.content or ""), (text, whole)
     assert usage.completion_tokens == whole.usage.completion_tokens, usage
+    conversation = [*messages, whole.choices[0].message, {"role": "user", "content": "and 5+1?"}]
+    assert client.chat.completions.create(model=model, messages=conversation, temperature=0, max_tokens=2).usage.completion_tokens <= 2
+    missing = refused(openai.NotFoundError, lambda: client.chat.completions.create(model="missing", messages=messages))
+    assert (missing.code, missing.param) == ("model_not_found", "model"), missing
 
 
 file = check_files()

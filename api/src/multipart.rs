@@ -179,7 +179,7 @@ async fn read_text(mut field: Field<'_>, name: &str) -> Result<String, ApiError>
 }
 
 /// The last part of a path, without control characters, at most 255 characters of it.
-fn plain_filename(name: &str) -> String {
+pub fn plain_filename(name: &str) -> String {
     let last = name.rsplit(['/', '\\']).next().unwrap_or_default();
     let plain: String = last.chars().filter(|c| !c.is_control()).take(255).collect();
     if plain.is_empty() { "upload".to_owned() } else { plain }

@@ -4,8 +4,14 @@
 //! (unless it is one of the public ones, which say so themselves) and the refusals that any
 //! operation can give, so that routes state only what is particular to them.
 
+use std::collections::HashSet;
+
+use axum::http::Method;
 use serde_json::{Map, Value, json};
-use utoipa::{PartialSchema, ToSchema, openapi::OpenApi};
+use utoipa::{
+    PartialSchema, ToSchema,
+    openapi::{OpenApi, RefOr, path::ParameterIn},
+};
 
 use crate::{idempotency::CREATIONS, problem::ErrorBody, routes};
 
@@ -18,6 +24,27 @@ pub const ADMIN_TAGS: [&str; 2] = ["projects", "operating"];
 /// The whole document, as `/openapi.json` and `lathe openapi` show it.
 pub fn document() -> Value {
     finish(routes::routes().into_openapi())
+}
+
+/// The operations that take a query, by method and path.
+pub fn queried(document: &OpenApi) -> HashSet<(Method, String)> {
+    let mut queried = HashSet::new();
+    for (path, item) in &document.paths.paths {
+        let operations = [
+            (Method::GET, &item.get),
+            (Method::POST, &item.post),
+            (Method::PUT, &item.put),
+            (Method::PATCH, &item.patch),
+            (Method::DELETE, &item.delete),
+        ];
+        for (method, operation) in operations {
+            let mut parameters = operation.iter().flat_map(|operation| operation.parameters.iter().flatten());
+            if parameters.any(|parameter| matches!(parameter, RefOr::T(one) if one.parameter_in == ParameterIn::Query)) {
+                queried.insert((method, path.clone()));
+            }
+        }
+    }
+    queried
 }
 
 /// Completes the router's own document.
@@ -41,6 +68,14 @@ pub fn finish(document: OpenApi) -> Value {
     document["components"]["headers"] = json!({
         "x-request-id": {"description": "Names the request in the server's log.", "schema": {"type": "string"}},
         "Retry-After": {"description": "Seconds after which the request may succeed.", "schema": {"type": "integer"}},
+        "x-should-retry": {"description": "`false`: the same request again will not help, whatever the status suggests.",
+            "schema": {"type": "string", "enum": ["false"]}},
+        "idempotent-replayed": {"description": "`true`: the answer that an earlier request got.", "schema": {"type": "string", "enum": ["true"]}},
+    });
+    document["components"]["parameters"] = json!({
+        "Idempotency-Key": {"name": "Idempotency-Key", "in": "header", "required": false,
+            "description": "For 24 hours the same key and body get the first answer again; with another body it is a 422.",
+            "schema": {"type": "string", "minLength": 1, "maxLength": 255}},
     });
     if let Some(schemas) = document["components"]["schemas"].as_object_mut() {
         complete_lists(schemas);
@@ -95,6 +130,9 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
     let parameters = operation.get("parameters").and_then(Value::as_array);
     let has_id = parameters.is_some_and(|all| all.iter().any(|one| one["in"] == "path"));
     operation.insert("security".to_owned(), if public { json!([]) } else { json!([{"key": []}]) });
+    if creates && let Some(parameters) = operation.entry("parameters").or_insert_with(|| json!([])).as_array_mut() {
+        parameters.push(json!({"$ref": "#/components/parameters/Idempotency-Key"}));
+    }
     let Some(responses) = operation.get_mut("responses").and_then(Value::as_object_mut) else { return };
     let general = [
         ("400", !public, "Malformed or out of bounds; `param` says where."),
@@ -114,15 +152,20 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
         responses.entry(status).or_insert_with(|| json!({ "description": description }));
     }
     for (status, response) in responses.iter_mut() {
-        let mut headers = json!({"x-request-id": {"$ref": "#/components/headers/x-request-id"}});
-        if matches!(status.as_str(), "429" | "503") {
-            headers["Retry-After"] = json!({"$ref": "#/components/headers/Retry-After"});
-        }
+        let stated: &[&str] = match status.as_str() {
+            "409" if creates => &["x-request-id", "Retry-After", "x-should-retry"],
+            "409" | "504" | "507" => &["x-request-id", "x-should-retry"],
+            "429" | "503" => &["x-request-id", "Retry-After"],
+            "200" | "201" if creates => &["x-request-id", "idempotent-replayed"],
+            _ => &["x-request-id"],
+        };
+        let headers: Map<String, Value> =
+            stated.iter().map(|name| ((*name).to_owned(), json!({"$ref": format!("#/components/headers/{name}")}))).collect();
         if !status.starts_with('2') && response["content"].is_null() {
             response["content"] =
                 json!({"application/json": {"schema": {"$ref": format!("#/components/schemas/{}", ErrorBody::name())}}});
         }
-        response["headers"] = headers;
+        response["headers"] = Value::Object(headers);
     }
     responses.sort_keys();
 }

@@ -19,11 +19,13 @@ use std::fmt;
 use axum::{
     body::Bytes,
     extract::{FromRequest, FromRequestParts, Request},
-    http::{HeaderMap, header, request::Parts},
+    http::{HeaderMap, Uri, header, request::Parts},
 };
 use http_body_util::{BodyExt, LengthLimitError, Limited};
+use percent_encoding::percent_decode_str;
 use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
+use serde_path_to_error::Segment;
 use utoipa::{IntoParams, ToSchema};
 
 use crate::{
@@ -103,7 +105,7 @@ impl<S: Send + Sync, T: DeserializeOwned + IntoParams> FromRequestParts<S> for Q
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, ApiError> {
-        let axum::extract::Query(pairs) = axum::extract::Query::<Vec<(String, String)>>::try_from_uri(&parts.uri)?;
+        let pairs = query_pairs(&parts.uri)?;
         let parameters = T::into_params(|| Some(utoipa::openapi::path::ParameterIn::Query));
         let mut properties = Map::new();
         for parameter in parameters {
@@ -113,7 +115,7 @@ impl<S: Send + Sync, T: DeserializeOwned + IntoParams> FromRequestParts<S> for Q
         let mut values = Map::new();
         for (name, text) in pairs {
             let Some(schema) = properties.get(&name) else {
-                return Err(ApiError::bad_request(&name, format!("There is no query parameter `{name}` here.")));
+                return Err(unknown_parameter(&name));
             };
             if text.contains('\0') {
                 return Err(ApiError::bad_request(&name, "Text may not hold the character U+0000."));
@@ -131,6 +133,25 @@ impl<S: Send + Sync, T: DeserializeOwned + IntoParams> FromRequestParts<S> for Q
         schema.check(&values)?;
         Ok(Query(schema.read(values)?))
     }
+}
+
+/// The query's parameters in their order.
+fn query_pairs(uri: &Uri) -> Result<Vec<(String, String)>, ApiError> {
+    // What is no UTF-8 would be read as U+FFFD otherwise.
+    if percent_decode_str(uri.query().unwrap_or_default()).decode_utf8().is_err() {
+        return Err(ApiError::bad_request("", "The query is not UTF-8."));
+    }
+    let axum::extract::Query(pairs) = axum::extract::Query::try_from_uri(uri)?;
+    Ok(pairs)
+}
+
+fn unknown_parameter(name: &str) -> ApiError {
+    ApiError::bad_request(name, format!("There is no query parameter `{name}` here."))
+}
+
+/// 400 for any parameter, on a route that has none.
+pub fn refuse_query(uri: &Uri) -> Result<(), ApiError> {
+    query_pairs(uri)?.first().map_or(Ok(()), |(name, _)| Err(unknown_parameter(name)))
 }
 
 /// A value as a `T`: 400 where `T`'s schema refuses it, 422 for the character that no column of the
@@ -171,13 +192,10 @@ fn has_type(schema: &Value, name: &str) -> bool {
 /// and is refused by the schema.
 fn parameter(schema: &Value, text: String) -> Value {
     let schema = if has_type(schema, "array") { &schema["items"] } else { schema };
-    let parsed = match &schema["type"] {
-        _ if has_type(schema, "integer") || has_type(schema, "number") => {
-            serde_json::from_str(&text).ok().filter(Value::is_number)
-        }
-        _ if has_type(schema, "boolean") => serde_json::from_str(&text).ok().filter(Value::is_boolean),
-        _ => None,
-    };
+    let is_number = has_type(schema, "integer") || has_type(schema, "number");
+    let wanted = |value: &Value| is_number && value.is_number() || has_type(schema, "boolean") && value.is_boolean();
+    // JSON may have spaces around it, a parameter may not.
+    let parsed = serde_json::from_str(&text).ok().filter(|value| wanted(value) && text.trim() == text);
     parsed.unwrap_or(Value::String(text))
 }
 
@@ -220,29 +238,44 @@ pub fn broken_body(error: &(dyn std::error::Error + 'static)) -> ApiError {
     ApiError::bad_request("", "The body broke off before its end.")
 }
 
-/// Strict JSON.
+/// A body as strict JSON.
 pub fn json(bytes: &[u8]) -> Result<Value, ApiError> {
-    if bytes.is_empty() {
-        return Err(ApiError::bad_request("", "The body is empty; it must be a JSON object."));
-    }
     let text = std::str::from_utf8(bytes).map_err(|error| {
         ApiError::bad_request("", format!("The body is not UTF-8: byte {} does not belong there.", error.valid_up_to()))
     })?;
+    json_text("The body", text)
+}
+
+/// Strict JSON. `what` begins the sentence of a refusal, whose `param` is a path within the value.
+pub fn json_text(what: &str, text: &str) -> Result<Value, ApiError> {
+    if text.is_empty() {
+        return Err(ApiError::bad_request("", format!("{what} is empty; it must be a JSON object.")));
+    }
     let mut reader = serde_json::Deserializer::from_str(text);
     let mut track = serde_path_to_error::Track::new();
     let parsed = StrictValue { depth: 0 }.deserialize(serde_path_to_error::Deserializer::new(&mut reader, &mut track));
     let value = parsed.and_then(|value| reader.end().map(|()| value));
     value.map_err(|error| {
-        let path = track.path().to_string();
-        match error.classify() {
+        let path = place(&track.path());
+        let message = match error.classify() {
             serde_json::error::Category::Data => {
                 let message = error.to_string();
-                let sentence = message.rsplit_once(" at line").map_or(message.as_str(), |(sentence, _)| sentence);
-                ApiError::bad_request(if path == "." { String::new() } else { path }, format!("{sentence}."))
+                format!("{}.", message.rsplit_once(" at line").map_or(message.as_str(), |(sentence, _)| sentence))
             }
-            _ => ApiError::bad_request("", format!("The body is not valid JSON: {error}.")),
-        }
+            _ => format!("{what} is not valid JSON: {error}."),
+        };
+        ApiError::bad_request(path, message)
     })
+}
+
+/// The path of a field, as far as it is known: text that breaks off may have no name yet.
+fn place(path: &serde_path_to_error::Path) -> String {
+    let known = path.iter().map_while(|segment| match segment {
+        Segment::Seq { index } => Some(format!("[{index}]")),
+        Segment::Map { key } => Some(key.clone()),
+        Segment::Enum { .. } | Segment::Unknown => None,
+    });
+    known.reduce(|at, next| if next.starts_with('[') { at + &next } else { schema::join(&at, &next) }).unwrap_or_default()
 }
 
 /// Builds a [`Value`] and refuses what [`Value`]'s own reader lets through.
@@ -257,6 +290,17 @@ impl StrictValue {
             return Err(E::custom(format!("Arrays and objects may lie at most {DEPTH_LIMIT} deep in one another")));
         }
         Ok(StrictValue { depth: self.depth + 1 })
+    }
+}
+
+/// The value of a name that was there before.
+struct GivenTwice<'a>(&'a str);
+
+impl<'de> DeserializeSeed<'de> for GivenTwice<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, _: D) -> Result<(), D::Error> {
+        Err(D::Error::custom(format!("The field `{}` is given twice", self.0)))
     }
 }
 
@@ -313,7 +357,8 @@ impl<'de> Visitor<'de> for StrictValue {
         let mut object = Map::new();
         while let Some(name) = fields.next_key::<String>()? {
             if object.contains_key(&name) {
-                return Err(A::Error::custom(format!("The field `{name}` is given twice")));
+                // Refused as a value, so that the path ends in its name.
+                fields.next_value_seed(GivenTwice(&name))?;
             }
             let value = fields.next_value_seed(inner)?;
             object.insert(name, value);
@@ -340,12 +385,39 @@ mod tests {
     }
 
     #[test]
+    fn parameters_are_what_their_schemas_ask_for() {
+        let integer = serde_json::json!({"type": ["integer", "null"]});
+        assert_eq!(parameter(&integer, "12".to_owned()), 12);
+        for text in [" 5", "5 ", "+5", "0x5", "true", "null", ""] {
+            assert_eq!(parameter(&integer, text.to_owned()), text, "it stays a text");
+        }
+        assert_eq!(parameter(&serde_json::json!({"type": "boolean"}), "true".to_owned()), true);
+        assert_eq!(parameter(&serde_json::json!({"type": "string"}), "12".to_owned()), "12");
+        let list = serde_json::json!({"type": "array", "items": {"type": "integer"}});
+        assert_eq!(parameter(&list, "12".to_owned()), 12);
+    }
+
+    #[test]
+    fn a_query_is_utf_8() {
+        let pairs = |text: &str| query_pairs(&text.parse().unwrap());
+        assert_eq!(pairs("/?a=%C3%A9&b").unwrap(), [("a".to_owned(), "é".to_owned()), ("b".to_owned(), String::new())]);
+        assert_eq!(pairs("/?a=%FF").unwrap_err().status, 400);
+        assert!(refuse_query(&"/?&".parse().unwrap()).is_ok());
+        assert_eq!(refuse_query(&"/?a=1".parse().unwrap()).unwrap_err().body.error.param.as_deref(), Some("a"));
+    }
+
+    #[test]
     fn strict_json() {
         assert_eq!(
             json(br#"{"a": [1, -2, 0.5, "x", null, true]}"#).unwrap(),
             serde_json::json!({"a": [1, -2, 0.5, "x", null, true]})
         );
-        assert_eq!(refusal(r#"{"a": {"b": [{"c": 1, "c": 2}]}}"#).1, "The field `c` is given twice.");
+        let twice = refusal(r#"{"a": {"b": [{"c": 1, "c": 2}]}}"#);
+        assert_eq!(twice, (Some("a.b[0].c".to_owned()), "The field `c` is given twice.".to_owned()));
+        assert_eq!(refusal(r#"{"a": 1, "a": 1}"#).0.as_deref(), Some("a"));
+        assert_eq!(refusal(r#"{"a": [0, 1e400]}"#).0.as_deref(), Some("a[1]"));
+        assert_eq!(refusal(r#"{"a": {"b": "#).0.as_deref(), Some("a.b"));
+        assert_eq!(refusal(r#"{"a": {"#).0.as_deref(), Some("a"));
         assert!(refusal(&("[".repeat(65) + &"]".repeat(65))).1.contains("deep"));
         assert!(refusal(&"[".repeat(1_000_000)).1.contains("deep"));
         for malformed in ["", "{", "{} x", "{'a': 1}", "[1e999]", "\"\\ud800\"", "nul", "\u{feff}{}"] {

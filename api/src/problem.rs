@@ -67,6 +67,12 @@ impl ApiError {
         self
     }
 
+    /// With `param`, a path within the field `at`, as the path from the body.
+    pub fn within(self, at: &str) -> ApiError {
+        let param = self.body.error.param.as_deref().map_or_else(|| at.to_owned(), |inner| format!("{at}.{inner}"));
+        self.with_param(param)
+    }
+
     /// 400: malformed or out of bounds. `param` is the full path of the field, or empty.
     pub fn bad_request(param: impl Into<String>, message: impl Into<String>) -> ApiError {
         ApiError::invalid(StatusCode::BAD_REQUEST, message).with_param(param)
@@ -84,6 +90,11 @@ impl ApiError {
     /// 404 for what does not exist and for what another project owns alike.
     pub fn not_found(what: &str, id: &str) -> ApiError {
         ApiError::invalid(StatusCode::NOT_FOUND, format!("There is no {what} `{id}` in this project.")).with_code("not_found")
+    }
+
+    /// 404 for a project, which is in no other.
+    pub fn no_project(id: &str) -> ApiError {
+        ApiError::invalid(StatusCode::NOT_FOUND, format!("There is no project `{id}`.")).with_code("not_found")
     }
 
     pub fn no_route(method: &str, path: &str) -> ApiError {

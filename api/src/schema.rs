@@ -152,11 +152,7 @@ impl Schema {
             match known.get(name) {
                 Some(field_schema) => self.check_at(field_schema, field, &path)?,
                 None if others == &Value::Bool(false) => {
-                    let names = known.as_object().map(|known| known.keys().map(String::as_str).collect::<Vec<_>>().join(", "));
-                    return Err(Violation::new(
-                        &path,
-                        format!("There is no field `{path}` here; known are: {}.", names.unwrap_or_default()),
-                    ));
+                    return Err(unknown_field(&path, known.as_object().into_iter().flat_map(Map::keys).map(String::as_str)));
                 }
                 None if others.is_object() => self.check_at(others, field, &path)?,
                 None => {}
@@ -177,9 +173,50 @@ impl Schema {
                 Err(violation) => refusals.push((self.likeness(branch, value), violation)),
             }
         }
+        let branches: Vec<&Value> = branches.iter().map(|branch| self.resolve(branch)).collect();
+        if let Some(violation) = wrong_type(&branches, value, at)
+            .or_else(|| self.wrong_tag(&branches, value, at))
+            .or_else(|| self.unknown_to_all(&branches, value, at))
+        {
+            return Err(violation);
+        }
         // The first of the most alike, so that the order in the type settles ties.
         let best = refusals.into_iter().rev().max_by_key(|(likeness, _)| *likeness);
         Err(best.map_or_else(|| Violation::new(at, "No form of this field fits."), |(_, violation)| violation))
+    }
+
+    /// Where every branch has its own values of a tag and none takes this one: the values that there are.
+    fn wrong_tag(&self, branches: &[&Value], value: &Value, at: &str) -> Option<Violation> {
+        value.as_object()?.iter().find_map(|(name, field)| {
+            let schemas: Vec<&Value> = branches.iter().map(|branch| self.property(branch, name)).collect::<Option<_>>()?;
+            let is_tag = schemas.iter().any(|schema| *schema != schemas[0]);
+            if !is_tag {
+                return None;
+            }
+            let path = join(at, name);
+            if schemas.iter().all(|schema| schema["enum"].is_array()) {
+                let values: Vec<&Value> = schemas.iter().flat_map(|schema| list(&schema["enum"])).collect();
+                return (!values.contains(&field)).then(|| not_one_of(&values, &path));
+            }
+            self.wrong_tag(&schemas, field, &path)
+        })
+    }
+
+    /// Where no branch knows any field of the value: the fields that there are.
+    fn unknown_to_all(&self, branches: &[&Value], value: &Value, at: &str) -> Option<Violation> {
+        let fields = value.as_object()?;
+        let known = |name: &String| branches.iter().any(|branch| self.property(branch, name).is_some());
+        let closed = branches.iter().all(|branch| branch["additionalProperties"] == false);
+        let name = fields.keys().next().filter(|_| closed && !fields.keys().any(known))?;
+        let names = branches.iter().filter_map(|branch| branch["properties"].as_object()).flat_map(Map::keys);
+        let names: std::collections::BTreeSet<&str> = names.map(String::as_str).collect();
+        Some(unknown_field(&join(at, name), names))
+    }
+
+    /// The schema of a field of a branch, whose parts may be schemas of their own.
+    fn property<'a>(&'a self, branch: &'a Value, name: &str) -> Option<&'a Value> {
+        let parts = std::iter::once(branch).chain(list(&branch["allOf"]).map(|part| self.resolve(part)));
+        parts.filter_map(|part| part["properties"].get(name)).map(|schema| self.resolve(schema)).next()
     }
 
     /// How much a value looks meant for a branch: its type, then tags that agree (two levels deep,
@@ -189,15 +226,20 @@ impl Schema {
         if check_type(branch, value, "").is_err() {
             return -1000;
         }
-        let Value::Object(fields) = value else { return if branch["type"] == "null" { -1000 } else { 0 } };
-        let parts: Vec<&Value> = std::iter::once(branch).chain(list(&branch["allOf"]).map(|part| self.resolve(part))).collect();
+        let fields = match value {
+            Value::Object(fields) => fields,
+            Value::Array(items) => {
+                let alike = items.first().is_none_or(|first| self.likeness(&branch["items"], first) > -1000);
+                return if alike { 0 } else { -500 };
+            }
+            _ => return if branch["type"] == "null" { -1000 } else { 0 },
+        };
         let mut likeness = 0;
         for (name, field) in fields {
-            let Some(schema) = parts.iter().find_map(|part| part["properties"].get(name)) else {
+            let Some(schema) = self.property(branch, name) else {
                 likeness -= 1;
                 continue;
             };
-            let schema = self.resolve(schema);
             likeness += 1;
             if schema["enum"].is_array() {
                 likeness += if check_enum(schema, field, "").is_ok() { 100 } else { 0 };
@@ -235,8 +277,30 @@ fn integer(number: &serde_json::Number) -> Option<i128> {
     (i128::from(i64::MIN)..=i128::from(u64::MAX)).contains(&integer).then_some(integer)
 }
 
+fn unknown_field<'a>(path: &str, known: impl IntoIterator<Item = &'a str>) -> Violation {
+    let known = known.into_iter().collect::<Vec<_>>().join(", ");
+    Violation::new(path, format!("There is no field `{path}` here; known are: {known}."))
+}
+
 fn check_type(schema: &Value, value: &Value, at: &str) -> Result<(), Violation> {
-    let types: Vec<&str> = types(schema).collect();
+    check_types(&types(schema).collect::<Vec<_>>(), value, at)
+}
+
+/// Where no branch takes a value of this type: the types that they take.
+fn wrong_type(branches: &[&Value], value: &Value, at: &str) -> Option<Violation> {
+    if branches.iter().any(|branch| check_type(branch, value, at).is_ok()) {
+        return None;
+    }
+    let mut names: Vec<&str> = Vec::new();
+    for name in branches.iter().flat_map(|branch| types(branch)) {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    check_types(&names, value, at).err()
+}
+
+fn check_types(types: &[&str], value: &Value, at: &str) -> Result<(), Violation> {
     let fits = |name: &&str| match *name {
         "null" => value.is_null(),
         "boolean" => value.is_boolean(),
@@ -258,17 +322,22 @@ fn check_type(schema: &Value, value: &Value, at: &str) -> Result<(), Violation> 
         Value::Array(_) => "an array",
         Value::Object(_) => "an object",
     };
+    if types == ["null"] {
+        return Err(Violation::new(at, format!("{} has no meaning beside the other fields: leave it out.", subject(at))));
+    }
     Err(Violation::new(at, format!("{} must be of type {}, not {found}.", subject(at), types.join(" or "))))
 }
 
 fn check_enum(schema: &Value, value: &Value, at: &str) -> Result<(), Violation> {
     match schema["enum"].as_array() {
-        Some(values) if !values.contains(value) => {
-            let values = values.iter().map(Value::to_string).collect::<Vec<_>>().join(", ");
-            Err(Violation::new(at, format!("{} must be one of {values}.", subject(at))))
-        }
+        Some(values) if !values.contains(value) => Err(not_one_of(&values.iter().collect::<Vec<_>>(), at)),
         _ => Ok(()),
     }
+}
+
+fn not_one_of(values: &[&Value], at: &str) -> Violation {
+    let values = values.iter().map(|value| value.to_string()).collect::<Vec<_>>().join(", ");
+    Violation::new(at, format!("{} must be one of {values}.", subject(at)))
 }
 
 fn check_number(schema: &Value, number: &serde_json::Number, at: &str) -> Result<(), Violation> {
@@ -301,8 +370,12 @@ fn check_count(schema: &Value, count: usize, [min, max]: [&str; 2], unit: &str, 
     let (min, max) = (schema[min].as_u64(), schema[max].as_u64());
     let count = count as u64;
     if min.is_some_and(|min| count < min) || max.is_some_and(|max| count > max) {
-        let limits = [min.map(|min| format!("at least {min}")), max.map(|max| format!("at most {max}"))];
-        let limits = limits.into_iter().flatten().collect::<Vec<_>>().join(" and ");
+        let limits = match (min, max) {
+            (Some(min), Some(max)) if min == max => format!("exactly {min}"),
+            (Some(min), Some(max)) => format!("at least {min} and at most {max}"),
+            (Some(min), None) => format!("at least {min}"),
+            (None, max) => format!("at most {}", max.unwrap_or_default()),
+        };
         return Err(Violation::new(at, format!("{} must have {limits} {unit}, not {count}.", subject(at))));
     }
     Ok(())
@@ -387,6 +460,48 @@ mod tests {
         assert_eq!(refusal(json!({"shapes": [{"type": "square", "sides": [1], "radius": 2}]})).0, "shapes[0].radius");
         assert_eq!(refusal(json!({"shapes": [{"type": "square"}]})).0, "shapes[0].sides");
         assert_eq!(refusal(json!({"shapes": [{"type": "cube"}]})).0, "shapes[0].type");
+    }
+
+    #[test]
+    fn a_union_names_all_that_it_takes() {
+        let of = |shape: Value| refusal(json!({"shapes": [shape]}));
+        assert_eq!(of(json!({"type": "cube"})).1, r#"`shapes[0].type` must be one of "circle", "square"."#);
+        assert_eq!(of(json!(1)).1, "`shapes[0]` must be of type object, not a number.");
+        let unknown = of(json!({"colour": 1}));
+        assert_eq!(unknown.0, "shapes[0].colour");
+        assert!(unknown.1.ends_with("known are: name, radius, sides, type."), "{}", unknown.1);
+    }
+
+    /// A text, numbers or lists of numbers.
+    #[derive(Debug, PartialEq, Deserialize, ToSchema)]
+    #[serde(untagged)]
+    enum Either {
+        Text(String),
+        Texts(Vec<String>),
+        Numbers(Vec<u8>),
+        Lists(Vec<Vec<u8>>),
+    }
+
+    #[derive(Debug, Deserialize, ToSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Holder {
+        #[allow(dead_code, reason = "only refusals are looked at")]
+        either: Either,
+    }
+
+    #[test]
+    fn an_array_s_first_item_says_which_branch_is_meant() {
+        let of = |either: Value| {
+            let violation = read::<Holder>(json!({"either": either})).unwrap_err();
+            (violation.param, violation.message)
+        };
+        assert_eq!(of(json!([1, -1])).0, "either[1]");
+        assert_eq!(
+            of(json!([[1], [1, "a"]])),
+            ("either[1][1]".into(), "`either[1][1]` must be of type integer, not a string.".into())
+        );
+        assert_eq!(of(json!(["a", 1])).1, "`either[1]` must be of type string, not a number.");
+        assert_eq!(of(json!(null)).1, "`either` must be of type string or array, not null.");
     }
 
     #[derive(Debug, PartialEq, Deserialize, ToSchema)]

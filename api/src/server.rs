@@ -14,7 +14,7 @@ use std::{
 use axum::{
     Router,
     extract::{DefaultBodyLimit, MatchedPath, Request, State},
-    http::{HeaderName, HeaderValue, Method, Uri, header},
+    http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
@@ -50,7 +50,13 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub fn app(state: AppState) -> Router {
     let (router, document) = routes::router(&state).split_for_parts();
     let document = openapi::finish(document);
-    layered(router.merge(SwaggerUi::new("/docs").external_url_unchecked("/openapi.json", document)), state)
+    let docs = Router::from(SwaggerUi::new("/docs").external_url_unchecked("/openapi.json", document));
+    layered(router.merge(docs.layer(middleware::map_response(in_shape))), state)
+}
+
+/// The docs page's own 404 has no body.
+async fn in_shape(method: Method, uri: Uri, response: Response) -> Response {
+    if response.status() == StatusCode::NOT_FOUND { no_route(method, uri).await.into_response() } else { response }
 }
 
 fn layered(router: Router<AppState>, state: AppState) -> Router {

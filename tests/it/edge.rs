@@ -177,6 +177,7 @@ async fn every_answer_has_a_request_id_and_every_refusal_its_shape(db: PgPool) {
         (Method::GET, "/v1/files", 401),
         (Method::GET, "/v1/nothing", 404),
         (Method::GET, "/nothing", 404),
+        (Method::GET, "/docs/nothing", 404),
         (Method::PUT, "/v1/files", 405),
         (Method::from_bytes(b"BREW").unwrap(), "/v1/files", 405),
         (Method::HEAD, "/healthz", 200),

@@ -17,5 +17,6 @@ mod lists;
 mod once;
 mod openai_sdk;
 mod processes;
+mod refusals;
 mod training;
 mod worker;

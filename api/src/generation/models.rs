@@ -43,14 +43,14 @@ pub async fn ready_model(state: &AppState, project_id: &str, id: &str) -> Result
     )
     .fetch_optional(&mut *conn)
     .await?
-    .ok_or_else(|| ApiError::not_found("model", id).with_code("model_not_found"))?;
+    .ok_or_else(|| no_model(id))?;
     drop(conn);
     let (checkpoint_id, artifact) = match (checkpoint, row.state.as_str(), row.artifact) {
         (Some(checkpoint), _, _) => (Some(checkpoint.id), checkpoint.artifact),
         (None, "ready", Some(artifact)) => (None, artifact),
         (None, other, _) => {
             let message = format!("The model '{id}' is {other}, not ready: see its job {}.", row.job_id);
-            return Err(ApiError::conflict(message).with_code("model_not_ready"));
+            return Err(ApiError::conflict(message).with_code("model_not_ready").with_param("model"));
         }
     };
     let config: ModelConfig = serde_json::from_value(row.config).map_err(ApiError::internal)?;
@@ -63,8 +63,13 @@ pub async fn ready_model(state: &AppState, project_id: &str, id: &str) -> Result
     });
     let tokenizer = loaded.await.map_err(ApiError::internal)?.map_err(|error| match checkpoint_id {
         // Pruned since its row was read.
-        Some(_) => ApiError::not_found("model", id).with_code("model_not_found"),
+        Some(_) => no_model(id),
         None => error,
     })?;
     Ok(Arc::new(Model { id: id.to_owned(), model_id: row.id, checkpoint_id, artifact, config, template, tokenizer }))
+}
+
+/// 404 for the field `model`.
+pub fn no_model(id: &str) -> ApiError {
+    ApiError::not_found("model", id).with_code("model_not_found").with_param("model")
 }

@@ -9,7 +9,7 @@ use lathe_model::engine::EngineConfig;
 use sqlx::PgPool;
 use tokio::time::Instant;
 
-use super::models::Model;
+use super::models::{Model, no_model};
 use crate::problem::ApiError;
 
 /// After a failure the same answer is given for this long, and no engine is started.
@@ -109,7 +109,7 @@ async fn ask(db: &PgPool, model: &Model) -> Result<(), ApiError> {
         asked => asked?,
     };
     if !there {
-        return Err(ApiError::not_found("model", &model.id).with_code("model_not_found"));
+        return Err(no_model(&model.id));
     }
     sqlx::query!("SELECT pg_notify('lathe_replicas', $1)", id).execute(db).await?;
     Ok(())

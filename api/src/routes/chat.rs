@@ -5,7 +5,13 @@ use std::sync::Arc;
 use axum::{extract::State, response::Response};
 use lathe_model::{data::rows::Turn, template};
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{
+    ToSchema,
+    openapi::{
+        RefOr,
+        schema::{ObjectBuilder, Schema, Type},
+    },
+};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::generation_common::{
@@ -75,8 +81,14 @@ pub struct CreateChatCompletion {
 pub struct Message {
     pub role: MessageRole,
     pub content: MessageContent,
+    /// Null, as in an answer's message, which may be sent back as it came.
     #[serde(default)]
-    pub name: Option<String>,
+    #[schema(schema_with = null)]
+    pub refusal: Option<()>,
+}
+
+fn null() -> impl Into<RefOr<Schema>> {
+    ObjectBuilder::new().schema_type(Type::Null)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ToSchema)]
@@ -399,7 +411,7 @@ mod tests {
     fn messages(texts: &[(MessageRole, &str)]) -> Vec<Message> {
         texts
             .iter()
-            .map(|(role, text)| Message { role: *role, content: MessageContent::Text((*text).into()), name: None })
+            .map(|(role, text)| Message { role: *role, content: MessageContent::Text((*text).into()), refusal: None })
             .collect()
     }
 

@@ -120,7 +120,7 @@ pub struct FileObject {
     pub created_at: i64,
     pub expires_at: Option<i64>,
     pub filename: String,
-    #[schema(examples("fine-tune"))]
+    #[schema(value_type = Purpose)]
     pub purpose: String,
     #[schema(examples("processed"))]
     pub status: &'static str,
@@ -295,14 +295,15 @@ fn form_value(texts: std::collections::BTreeMap<String, String>) -> Result<Value
                 drop(expiry.insert("seconds".to_owned(), text.parse::<i64>().map_or_else(|_| text.into(), Value::from)))
             }
             "metadata" | "expires_after" => {
-                let value = parse::json(text.as_bytes()).map_err(|error| error.with_param(&name))?;
+                let value = parse::json_text(&format!("`{name}`"), &text).map_err(|error| error.within(&name))?;
                 object.insert(name, value);
             }
             _ => drop(object.insert(name, text.into())),
         }
     }
-    if !expiry.is_empty() {
-        object.insert("expires_after".to_owned(), expiry.into());
+    if !expiry.is_empty() && object.insert("expires_after".to_owned(), expiry.into()).is_some() {
+        let message = "`expires_after` is given twice, as JSON and field by field: give one of them.";
+        return Err(ApiError::bad_request("expires_after", message));
     }
     Ok(object.into())
 }
@@ -400,7 +401,7 @@ async fn delete_file(
     let users = sqlx::query_scalar!(
         r#"SELECT d.id AS "id!" FROM datasets d JOIN dataset_files f ON f.dataset_id = d.id
            WHERE f.file_id = $1 AND d.state IN ('queued', 'running') AND d.deleted_at IS NULL
-           UNION ALL
+           UNION
            SELECT id FROM tokenizers WHERE file_id = $1 AND state IN ('queued', 'running') AND deleted_at IS NULL
            LIMIT 10"#,
         id,

@@ -144,8 +144,16 @@ async fn list_fine_tuning_jobs(
     project: Project,
     Query(query): Query<ListFineTuningJobs>,
 ) -> Result<Json<List<FineTuningJobObject>>, ApiError> {
-    let after = async |id: &str| training::created_at(&state, &project, id).await;
-    let page = Page::asked(query.limit.unwrap_or(20), query.order, query.after, after).await?;
+    let page = Page::asked(query.limit.unwrap_or(20), query.order, query.after, async |id| {
+        sqlx::query_scalar!(
+            "SELECT created_at FROM jobs WHERE id = $1 AND project_id = $2 AND kind = 'train' AND base_model_id IS NOT NULL",
+            id,
+            project.project_id
+        )
+        .fetch_optional(&state.db)
+        .await
+    })
+    .await?;
     let rows = fetch_page!(
         @ [select_jobs] []
         &state.db,
@@ -240,8 +248,13 @@ async fn list_fine_tuning_events(
     let mut conn = state.db.acquire().await?;
     find(&mut conn, &project.project_id, &id).await?;
     let before = match &query.after {
-        Some(after) => shapes::event_number(&id, after)
-            .ok_or_else(|| ApiError::bad_request("after", format!("There is no event `{after}` to go on after.")))?,
+        Some(after) => {
+            let number = shapes::event_number(&id, after);
+            sqlx::query_scalar!("SELECT id FROM job_events WHERE job_id = $1 AND id = $2", id, number)
+                .fetch_optional(&mut *conn)
+                .await?
+                .ok_or_else(|| ApiError::bad_request("after", format!("There is no event `{after}` to go on after.")))?
+        }
         None => i64::MAX,
     };
     let page = Page::first(query.limit.unwrap_or(20), None);

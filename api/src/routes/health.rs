@@ -1,11 +1,19 @@
 //! `/healthz`: the process answers. `/readyz`: it can do its work, with the reason if it cannot.
 
-use axum::{Json, extract::State, http::StatusCode};
+use axum::{
+    Json,
+    extract::State,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+};
 use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{problem::ApiError, state::AppState};
+
+/// What a server that is not ready asks its prober to wait.
+const RETRY_AFTER_SECONDS: &str = "2";
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(get_health)).routes(routes!(get_readiness))
@@ -48,12 +56,15 @@ pub struct Check {
     get, path = "/readyz", operation_id = "get_readiness", tag = "health",
     responses((status = 200, description = "Ready", body = Readiness), (status = 503, description = "Not ready; `checks` says why", body = Readiness))
 )]
-async fn get_readiness(State(state): State<AppState>) -> (StatusCode, Json<Readiness>) {
+async fn get_readiness(State(state): State<AppState>) -> Response {
     let checks =
         vec![check_database(&state).await, check_migrations(&state).await, check_disk(&state).await, check_runners(&state).await];
     let ready = checks.iter().all(|check| check.ok);
-    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(Readiness { ready, checks }))
+    let readiness = Json(Readiness { ready, checks });
+    if ready {
+        return readiness.into_response();
+    }
+    (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, RETRY_AFTER_SECONDS)], readiness).into_response()
 }
 
 async fn check_database(state: &AppState) -> Check {

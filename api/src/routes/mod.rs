@@ -15,10 +15,17 @@ pub mod tokenizers;
 pub mod training;
 pub mod uploads;
 
-use axum::middleware;
+use std::{collections::HashSet, sync::Arc};
+
+use axum::{
+    extract::{MatchedPath, Request, State},
+    http::{Method, Uri},
+    middleware::{self, Next},
+    response::Response,
+};
 use utoipa_axum::router::OpenApiRouter;
 
-use crate::{auth, idempotency, state::AppState};
+use crate::{auth, idempotency, openapi, parse, problem::ApiError, state::AppState};
 
 /// Every route, without layers: what the document is made from.
 pub fn routes() -> OpenApiRouter<AppState> {
@@ -27,10 +34,30 @@ pub fn routes() -> OpenApiRouter<AppState> {
 
 /// Every route; those that need a key cannot be reached without one, whatever their handlers do.
 pub fn router(state: &AppState) -> OpenApiRouter<AppState> {
-    let keyed = keyed()
+    let keyed = keyed();
+    let queried = Arc::new(openapi::queried(keyed.get_openapi()));
+    let keyed = keyed
         .route_layer(middleware::from_fn_with_state(state.clone(), idempotency::replay))
+        .route_layer(middleware::from_fn_with_state(queried, known_query))
         .route_layer(middleware::from_fn_with_state(state.clone(), auth::require_key));
     public().merge(keyed)
+}
+
+/// Middleware: 400 for a query where the document has none. Those in `queried` read theirs with
+/// [`parse::Query`].
+async fn known_query(
+    State(queried): State<Arc<HashSet<(Method, String)>>>,
+    route: MatchedPath,
+    method: Method,
+    uri: Uri,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let method = if method == Method::HEAD { Method::GET } else { method };
+    if !queried.contains(&(method, route.as_str().to_owned())) {
+        parse::refuse_query(&uri)?;
+    }
+    Ok(next.run(request).await)
 }
 
 /// Routes that check for themselves who asks, or that anyone may ask.

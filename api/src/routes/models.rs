@@ -1,7 +1,10 @@
 //! `/v1/models`: the registry, in OpenAI's shape with Lathe's lineage beside it.
 
 use axum::{Json, extract::State, http::StatusCode};
-use lathe_jobs::{checkpoints, state::ResourceState};
+use lathe_jobs::{
+    checkpoints::{self, NamedCheckpoint},
+    state::ResourceState,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::PgPool;
@@ -197,6 +200,19 @@ async fn list_models(
     Ok(Json(List::of(rows.into_iter().map(ModelObject::from).collect(), &page, |model| &model.id)))
 }
 
+/// The model of that id, or that of the checkpoint of that name.
+async fn find_model(state: &AppState, project_id: &str, id: &str) -> Result<(Row, Option<NamedCheckpoint>), ApiError> {
+    let mut conn = state.db.acquire().await?;
+    let checkpoint = checkpoints::find_named(&mut conn, id).await?;
+    drop(conn);
+    let model = checkpoint.as_ref().map_or(id, |checkpoint| &checkpoint.model_id);
+    let row = find(&state.db, project_id, model).await.map_err(|error| match error.status {
+        StatusCode::NOT_FOUND => no_model(id),
+        _ => error,
+    })?;
+    Ok((row, checkpoint))
+}
+
 /// Get a model
 ///
 /// Or a checkpoint of one, by its name (`…:ckpt-step-N`); its other fields are its model's.
@@ -210,15 +226,8 @@ async fn get_model(
     project: Project,
     Path(id): Path<String>,
 ) -> Result<Json<ModelObject>, ApiError> {
-    let mut conn = state.db.acquire().await?;
-    let checkpoint = checkpoints::find_named(&mut conn, &id).await?;
-    drop(conn);
-    let model = checkpoint.as_ref().map_or(&id, |checkpoint| &checkpoint.model_id);
-    let row = find(&state.db, &project.project_id, model).await.map_err(|error| match error.status {
-        StatusCode::NOT_FOUND => no_model(&id),
-        _ => error,
-    });
-    let mut found: ModelObject = row?.into();
+    let (row, checkpoint) = find_model(&state, &project.project_id, &id).await?;
+    let mut found: ModelObject = row.into();
     if let Some(checkpoint) = checkpoint {
         found = ModelObject {
             id,
@@ -232,6 +241,18 @@ async fn get_model(
     Ok(Json(found))
 }
 
+/// Why there is no model to delete: a checkpoint has a model's name and goes in other ways.
+async fn not_deletable(state: &AppState, project_id: &str, id: &str) -> ApiError {
+    match find_model(state, project_id, id).await {
+        Ok((_, Some(_))) => {
+            let message = format!("`{id}` is a checkpoint: it goes with its job, or as the job's `keep_checkpoints` says.");
+            ApiError::conflict(message).with_code("checkpoint")
+        }
+        Ok((_, None)) => no_model(id),
+        Err(error) => error,
+    }
+}
+
 /// Delete a model
 ///
 /// Its row stays as a tombstone for lineage, its weights go, and streams that it serves end with an error event.
@@ -241,7 +262,7 @@ async fn get_model(
     responses(
         (status = 200, body = ModelDeleted),
         (status = 404, description = "No such model"),
-        (status = 409, description = "Something unfinished needs it; the message names what"),
+        (status = 409, description = "Something unfinished needs it, which the message names; or it is a checkpoint"),
     )
 )]
 async fn delete_model(
@@ -256,8 +277,8 @@ async fn delete_model(
         project.project_id
     )
     .fetch_optional(&mut *transaction)
-    .await?
-    .ok_or_else(|| no_model(&id))?;
+    .await?;
+    let Some(row) = row else { return Err(not_deletable(&state, &project.project_id, &id).await) };
     let users = sqlx::query_scalar!(
         "SELECT id FROM jobs WHERE (model_id = $1 OR base_model_id = $1 OR starts_with(base_model_id, $1 || ':ckpt-step-'))
            AND finished_at IS NULL ORDER BY created_at LIMIT 5",

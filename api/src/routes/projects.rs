@@ -149,7 +149,7 @@ pub struct KeyObject {
     #[schema(examples("project.key"))]
     object: &'static str,
     name: Option<String>,
-    #[schema(examples("project"))]
+    #[schema(value_type = Scope)]
     scope: String,
     /// The secret's last four characters.
     hint: String,
@@ -321,5 +321,5 @@ async fn delete_key(
 
 async fn require_project(db: &PgPool, id: &str) -> Result<(), ApiError> {
     let found = sqlx::query_scalar!("SELECT id FROM projects WHERE id = $1", id).fetch_optional(db).await?;
-    found.map(drop).ok_or_else(|| ApiError::not_found("project", id))
+    found.map(drop).ok_or_else(|| ApiError::no_project(id))
 }

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use axum::{
     extract::State,
-    http::{HeaderMap, HeaderValue, header, request::Parts},
+    http::{HeaderMap, HeaderValue, Uri, header, request::Parts},
     response::{IntoResponse, Response},
 };
 use subtle::ConstantTimeEq;
@@ -13,6 +13,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::health;
 use crate::{
     auth::{self, Admin},
+    parse,
     problem::ApiError,
     state::AppState,
 };
@@ -47,7 +48,8 @@ fn is_token(headers: &HeaderMap, token: Option<&str>) -> bool {
     get, path = "/metrics", operation_id = "get_metrics", tag = "operating",
     responses((status = 200, description = "Text", content_type = "text/plain", body = String))
 )]
-async fn get_metrics(State(state): State<AppState>, _: Scraper) -> Result<Response, ApiError> {
+async fn get_metrics(State(state): State<AppState>, _: Scraper, uri: Uri) -> Result<Response, ApiError> {
+    parse::refuse_query(&uri)?;
     let mut response = render(&state).await?.into_response();
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
     Ok(response)

@@ -25,6 +25,7 @@ pub enum RunnerState {
     Live,
     /// It takes no work; `refused` says why.
     Refused,
+    /// Its lease ran out.
     Lost,
     Stopped,
 }
@@ -52,8 +53,7 @@ pub struct RunnerObject {
     host: String,
     pid: i32,
     version: String,
-    /// `live`, `refused` (it takes no work), `lost` (its lease ran out) or `stopped`.
-    #[schema(examples("live"))]
+    #[schema(value_type = RunnerState)]
     state: String,
     /// Why it takes no work, in a sentence.
     refused: Option<String>,

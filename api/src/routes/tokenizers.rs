@@ -118,7 +118,7 @@ pub struct TokenizerObject {
     created_at: i64,
 }
 
-struct TokenizerRow {
+pub(super) struct TokenizerRow {
     id: String,
     name: String,
     state: ResourceState,
@@ -156,7 +156,7 @@ impl From<TokenizerRow> for TokenizerObject {
     }
 }
 
-async fn find(conn: &mut PgConnection, project_id: &str, id: &str) -> Result<TokenizerRow, ApiError> {
+pub(super) async fn find(conn: &mut PgConnection, project_id: &str, id: &str) -> Result<TokenizerRow, ApiError> {
     sqlx::query_as!(
         TokenizerRow,
         r#"SELECT id, name, state AS "state: ResourceState", job_id, type, dataset_id, file_id, vocabulary, added_roles, artifact, sha256, error,

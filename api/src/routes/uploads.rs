@@ -70,6 +70,7 @@ pub struct UploadObject {
     created_at: i64,
     expires_at: i64,
     filename: String,
+    #[schema(value_type = Purpose)]
     purpose: String,
     /// `pending`, `completed`, `cancelled` or `expired`.
     #[schema(examples("pending"))]
@@ -132,7 +133,7 @@ async fn create_upload(
          RETURNING id, bytes, created_at, expires_at, filename, purpose, state, file_id, file_expires_after, metadata",
         ids::new("upload"),
         caller.project_id,
-        request.filename,
+        multipart::plain_filename(&request.filename),
         request.purpose.as_str(),
         request.mime_type,
         request.bytes,

@@ -83,13 +83,14 @@ async fn write(db: &PgPool, claimed: &Claimed, bad: &[BadRow]) -> Result<(), Lea
     let keys: Vec<serde_json::Value> = bad.iter().map(|row| row.keys.clone().into()).collect();
     let fields: Vec<Option<String>> = bad.iter().map(|row| row.field.clone()).collect();
     sqlx::query!(
-        "INSERT INTO dataset_errors (dataset_id, n, file, line, field, message, keys)
-         SELECT $1, n, file, line, field, message, ARRAY(SELECT jsonb_array_elements_text(keys))
-         FROM unnest($2::text[], $3::bigint[], $4::text[], $5::text[], $6::jsonb[])
-             WITH ORDINALITY AS bad (file, line, field, message, keys, n)",
+        "INSERT INTO dataset_errors (dataset_id, n, file, line, code, field, message, keys)
+         SELECT $1, n, file, line, code, field, message, ARRAY(SELECT jsonb_array_elements_text(keys))
+         FROM unnest($2::text[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::jsonb[])
+             WITH ORDINALITY AS bad (file, line, code, field, message, keys, n)",
         dataset,
-        &bad.iter().map(|row| row.name.clone()).collect::<Vec<_>>(),
+        &bad.iter().map(|row| row.file.clone()).collect::<Vec<_>>(),
         &bad.iter().map(|row| i64::try_from(row.line).unwrap_or(i64::MAX)).collect::<Vec<_>>(),
+        &bad.iter().map(|row| row.code.as_str().to_owned()).collect::<Vec<_>>(),
         &fields as &[Option<String>],
         &bad.iter().map(|row| row.message.clone()).collect::<Vec<_>>(),
         &keys,

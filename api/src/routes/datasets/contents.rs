@@ -3,6 +3,7 @@
 use axum::{Json, extract::State, http::StatusCode};
 use lathe_jobs::{
     queue::{self, NewJob},
+    run::ingest::RowCode,
     spec::Spec,
     state::{JobState, ResourceState},
 };
@@ -10,7 +11,13 @@ use lathe_model::data::rows::{Dataset, Row};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::{Connection, PgConnection};
-use utoipa::{IntoParams, ToSchema};
+use utoipa::{
+    IntoParams, ToSchema,
+    openapi::{
+        RefOr,
+        schema::{ObjectBuilder, Schema, SchemaType, Type},
+    },
+};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::DatasetStatistics;
@@ -38,7 +45,7 @@ pub fn router() -> OpenApiRouter<AppState> {
 #[into_params(parameter_in = Query)]
 pub struct PreviewQuery {
     /// Index of the last row of the page before.
-    #[param(minimum = 0)]
+    #[param(minimum = 0, maximum = 18446744073709551615u64)]
     after: Option<u64>,
     /// Default: 20.
     #[param(minimum = 1, maximum = 100)]
@@ -143,23 +150,35 @@ fn preview(folder: &std::path::Path, first: u64, limit: u64) -> std::io::Result<
 
 /// A row that could not be read.
 #[derive(Debug, Serialize, ToSchema)]
-#[schema(example = json!({"index": 0, "file": "file-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "line": 7, "field": "output", "message": "The field is missing.", "keys": ["q", "a"]}))]
+#[schema(example = json!({"index": 0, "file": "file-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "filename": "rows.jsonl", "line": 7, "code": "missing_field", "field": "output", "message": "The field is missing.", "keys": ["q", "a"]}))]
 pub struct BadRowObject {
+    /// From 0.
     index: i64,
     /// The file's id.
     file: Option<String>,
-    /// From 1.
+    filename: Option<String>,
+    /// From 1; in a JSON array or a Parquet file the number of the row.
     line: Option<i64>,
+    #[schema(schema_with = row_codes)]
+    code: Option<String>,
     field: Option<String>,
     message: String,
     /// The keys that the row has.
     keys: Vec<String>,
 }
 
+fn row_codes() -> impl Into<RefOr<Schema>> {
+    let words = RowCode::ALL.map(|code| Some(code.as_str())).into_iter().chain([None]);
+    ObjectBuilder::new()
+        .schema_type(SchemaType::Array(vec![Type::String, Type::Null]))
+        .enum_values(Some(words))
+        .description(Some("What is wrong. Null in a dataset of an earlier version."))
+}
+
 /// Bad rows in their order.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(example = json!({"object": "list", "has_more": false, "data": [
-    {"index": 0, "file": "file-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "line": 7, "field": "output", "message": "The field is missing.", "keys": ["q", "a"]}]}))]
+    {"index": 0, "file": "file-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "filename": "rows.jsonl", "line": 7, "code": "missing_field", "field": "output", "message": "The field is missing.", "keys": ["q", "a"]}]}))]
 pub struct BadRowList {
     #[schema(examples("list"))]
     object: &'static str,
@@ -183,12 +202,13 @@ async fn list_dataset_errors(
     let mut conn = state.db.acquire().await?;
     super::find(&mut conn, &project.project_id, &id).await?;
     let limit = query.limit.unwrap_or(20) as usize;
-    let after = query.after.map_or(-1, |after| i64::try_from(after).unwrap_or(i64::MAX));
     let mut data = sqlx::query_as!(
         BadRowObject,
-        "SELECT n AS index, file, line, field, message, keys FROM dataset_errors WHERE dataset_id = $1 AND n > $2 ORDER BY n LIMIT $3",
+        r#"SELECT n - 1 AS "index!", file, filename AS "filename?", line, code, field, message, keys
+           FROM dataset_errors e LEFT JOIN files f ON f.id = e.file
+           WHERE dataset_id = $1 AND n > $2 ORDER BY n LIMIT $3"#,
         id,
-        after,
+        i64::try_from(query.first()).unwrap_or(i64::MAX),
         limit as i64 + 1,
     )
     .fetch_all(&mut *conn)
@@ -264,7 +284,11 @@ async fn get_dataset_statistics(
         tokens: None,
         error: FailureDetail::from_column(dataset.error),
     };
-    if let Some(tokenizer) = object.tokenizer.as_deref().filter(|_| object.state != StateName::Failed) {
+    if let Some(tokenizer) = object.tokenizer.as_deref() {
+        if object.state == StateName::Failed {
+            tokenizers::find(&mut conn, &project.project_id, tokenizer).await.map_err(|error| error.with_param("tokenizer"))?;
+            return Ok((StatusCode::OK, Json(object)));
+        }
         let counted = count_tokens(&mut conn, &project.project_id, &object.dataset, tokenizer).await?;
         object.state = counted.state;
         object.tokens = counted.statistics.and_then(|statistics| serde_json::from_value(statistics).ok());

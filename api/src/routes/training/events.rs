@@ -46,9 +46,9 @@ pub fn router() -> OpenApiRouter<AppState> {
 #[into_params(parameter_in = Query)]
 pub struct EventsQuery {
     /// Only events after this one.
-    #[param(minimum = 0)]
+    #[param(minimum = 0, maximum = 9223372036854775807i64)]
     after: Option<i64>,
-    /// Default: 100. Not for a stream.
+    /// Default: 100. A stream has none.
     #[param(minimum = 1, maximum = 1000)]
     limit: Option<i64>,
     /// Server-sent events, from `after` or `Last-Event-ID` on. Default: by `Accept`.
@@ -122,7 +122,10 @@ pub struct EventList {
 #[utoipa::path(
     get, path = "/v1/training/jobs/{job_id}/events", operation_id = "list_training_events", tag = "training",
     params(("job_id" = String, Path), EventsQuery, ("Last-Event-ID" = Option<i64>, Header, description = "The last event that was received")),
-    responses((status = 200, description = "Events in their order", content((EventList = "application/json"), (String = "text/event-stream"))))
+    responses(
+        (status = 200, description = "Events in their order", content((EventList = "application/json"), (String = "text/event-stream"))),
+        (status = 422, description = "A stream with a `limit`"),
+    )
 )]
 async fn list_training_events(
     State(state): State<AppState>,
@@ -139,11 +142,16 @@ async fn list_training_events(
         Some(last) => last
             .trim()
             .parse()
-            .map_err(|_| ApiError::bad_request("Last-Event-ID", "`Last-Event-ID` must be the integer id of an event."))?,
+            .ok()
+            .filter(|id| *id >= 0)
+            .ok_or_else(|| ApiError::bad_request("Last-Event-ID", "`Last-Event-ID` must be the integer id of an event."))?,
         None => query.after.unwrap_or(0),
     };
     let accepts_stream = text(header::ACCEPT).is_some_and(|accept| accept.contains("text/event-stream"));
     if query.stream.unwrap_or(accepts_stream) {
+        if query.limit.is_some() {
+            return Err(ApiError::unprocessable("contradiction", "limit", "A stream has no `limit`: leave either out."));
+        }
         return Ok(follow(&state, id, after));
     }
     let limit = query.limit.unwrap_or(100);

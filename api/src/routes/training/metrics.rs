@@ -33,7 +33,7 @@ pub enum MetricsFormat {
 #[into_params(parameter_in = Query)]
 pub struct MetricsQuery {
     /// Only rows of this step and later ones.
-    #[param(minimum = 0)]
+    #[param(minimum = 0, maximum = 9223372036854775807i64)]
     from_step: Option<i64>,
     /// About so many rows, evenly spread; the last one and those with a validation loss are always
     /// there. Default: 10000.

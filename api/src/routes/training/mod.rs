@@ -337,8 +337,16 @@ async fn list_training_jobs(
     project: Project,
     Query(query): Query<ListTrainingJobs>,
 ) -> Result<Json<List<TrainingJobObject>>, ApiError> {
-    let after = async |id: &str| created_at(&state, &project, id).await;
-    let page = Page::asked(query.limit.unwrap_or(20), query.order, query.after, after).await?;
+    let page = Page::asked(query.limit.unwrap_or(20), query.order, query.after, async |id| {
+        sqlx::query_scalar!(
+            "SELECT created_at FROM jobs WHERE id = $1 AND project_id = $2 AND kind = 'train'",
+            id,
+            project.project_id
+        )
+        .fetch_optional(&state.db)
+        .await
+    })
+    .await?;
     let rows = fetch_page!(
         @ [select_jobs] []
         &state.db,
@@ -349,17 +357,6 @@ async fn list_training_jobs(
         query.name,
     )?;
     Ok(Json(List::of(rows.into_iter().map(TrainingJobObject::from).collect(), &page, |job| &job.id)))
-}
-
-/// When a training job was created, a deleted one too.
-pub(super) async fn created_at(state: &AppState, project: &Project, id: &str) -> Result<Option<OffsetDateTime>, sqlx::Error> {
-    sqlx::query_scalar!(
-        "SELECT created_at FROM jobs WHERE id = $1 AND project_id = $2 AND kind = 'train'",
-        id,
-        project.project_id
-    )
-    .fetch_optional(&state.db)
-    .await
 }
 
 /// Retrieve a training job

@@ -125,7 +125,7 @@ async fn list_training_checkpoints(
 #[into_params(parameter_in = Query)]
 pub struct LogsQuery {
     /// Default: the newest.
-    #[param(minimum = 1)]
+    #[param(minimum = 1, maximum = 2147483647)]
     attempt: Option<i32>,
     /// Length of the tail. Default: 65536.
     #[param(minimum = 1, maximum = 1048576)]

@@ -31,6 +31,35 @@ pub enum RowCode {
     BadMessages,
 }
 
+impl RowCode {
+    pub const ALL: [RowCode; 9] = [
+        RowCode::InvalidEncoding,
+        RowCode::LineTooLong,
+        RowCode::InvalidJson,
+        RowCode::DuplicateKey,
+        RowCode::InvalidRecord,
+        RowCode::MissingField,
+        RowCode::WrongType,
+        RowCode::Empty,
+        RowCode::BadMessages,
+    ];
+
+    /// As JSON has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            RowCode::InvalidEncoding => "invalid_encoding",
+            RowCode::LineTooLong => "line_too_long",
+            RowCode::InvalidJson => "invalid_json",
+            RowCode::DuplicateKey => "duplicate_key",
+            RowCode::InvalidRecord => "invalid_record",
+            RowCode::MissingField => "missing_field",
+            RowCode::WrongType => "wrong_type",
+            RowCode::Empty => "empty",
+            RowCode::BadMessages => "bad_messages",
+        }
+    }
+}
+
 /// One line of `errors.jsonl`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BadRow {

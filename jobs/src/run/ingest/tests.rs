@@ -443,6 +443,13 @@ fn a_broken_array_fails_the_file() {
 }
 
 #[test]
+fn the_codes_of_rows_are_their_names() {
+    for code in RowCode::ALL {
+        assert_eq!(serde_json::to_value(code).expect("a text"), code.as_str());
+    }
+}
+
+#[test]
 fn names_and_keys_from_files_are_shown_harmlessly() {
     let key = "k\\u0000\\u001b[31m".to_owned() + &"y".repeat(100);
     let bad = Case::new(&[("a\u{0}\n.jsonl", format!("{{\"{key}\": 1}}").as_bytes())]).bad_row();
