@@ -25,6 +25,18 @@ fn main() {
         .warnings(false)
         .compile("lathe_shim");
 
+    let kernels = |name: &str, flags: &[&str]| {
+        let mut build = cc::Build::new();
+        build.cpp(true).std("c++20").file("cpp/attention.cpp").define("LATHE_KERNELS", name).opt_level(3);
+        flags.iter().for_each(|flag| _ = build.flag(flag));
+        build.warnings(false).flag_if_supported("-Wno-psabi").compile(&format!("lathe_{name}"));
+    };
+    kernels("attention_baseline", &[]);
+    if env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch == "x86_64") {
+        kernels("attention_avx2", &["-mavx2", "-mfma"]);
+        kernels("attention_avx512", &["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]);
+    }
+
     println!("cargo:rustc-link-search=native={}", lib.display());
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");

@@ -67,6 +67,12 @@ unsafe extern "C" {
         back: *const C_tensor,
         unused: *const C_tensor,
     ) -> *mut C_tensor;
+    fn lathe_attend_documents(
+        queries: *const C_tensor,
+        keys: *const C_tensor,
+        values: *const C_tensor,
+        documents: *const C_tensor,
+    ) -> *mut C_tensor;
     fn lathe_pack_weight(weight: *const C_tensor) -> *mut C_tensor;
     fn lathe_packed_linear(x: *const C_tensor, packed: *const C_tensor, bias: *const C_tensor, gelu: c_int) -> *mut C_tensor;
     fn lathe_gradient_norm(parameters: Tensors, count: i64) -> *mut C_tensor;
@@ -168,6 +174,16 @@ impl Drop for Autocast {
 pub fn move_rows(input: &Tensor, from: &Tensor, back: &Tensor, unused_r1: &Tensor) -> Result<Tensor, TensorError> {
     // SAFETY: borrowed tensors; the shim copies what it keeps.
     owned(unsafe { lathe_move_rows(input.as_ptr(), from.as_ptr(), back.as_ptr(), unused_r1.as_ptr()) })
+}
+
+/// Causal attention within the documents of a packed batch, on the CPU, in fp32 or bf16. Queries are
+/// `(b, t, heads, d)`, keys and values `(b, t, kv heads, d)`; `documents_n2` holds each one's first token
+/// (row × t + position) and length. Tokens of no document get zeros.
+///
+/// Documents must lie within the batch and within their row, which is the caller's to see to.
+pub fn attend_documents(q_bthd: &Tensor, k_btgd: &Tensor, v_btgd: &Tensor, documents_n2: &Tensor) -> Result<Tensor, TensorError> {
+    // SAFETY: borrowed tensors; the shim keeps what it needs for the backward pass.
+    owned(unsafe { lathe_attend_documents(q_bthd.as_ptr(), k_btgd.as_ptr(), v_btgd.as_ptr(), documents_n2.as_ptr()) })
 }
 
 /// A weight `(outputs, inputs)` laid out for the CPU's kernels; for [`packed_linear`] alone. Fails where

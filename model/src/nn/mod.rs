@@ -5,15 +5,19 @@
 //! when a model is built, and the worker and the engine catch at their borders.
 
 pub mod attention;
+mod blocks;
 mod cache;
+mod documents;
 mod dropout;
 mod layers;
 mod packed;
 mod parameters;
 mod rotary;
 
-pub use attention::{Attention, AttentionPlan, Blocks};
+pub use attention::{Attention, AttentionPlan};
+pub use blocks::Blocks;
 pub use cache::{CacheShape, CachedAttention, KvCache};
+pub use documents::Documents;
 pub use dropout::{Dropout, Site};
 pub use layers::{Embedding, Linear, Mlp, NormLayer};
 pub use packed::Packed;
