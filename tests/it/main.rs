@@ -12,6 +12,7 @@ mod engine_faults;
 mod faults;
 mod files;
 mod generation;
+mod growth;
 mod handmade;
 mod lists;
 mod once;

@@ -502,18 +502,21 @@ async fn with_tokenizer<T: Send + 'static>(
     id: &str,
     work: impl FnOnce(&Tokenizer) -> T + Send + 'static,
 ) -> Result<T, ApiError> {
+    let tokenizer = ready(state, &project.project_id, id).await?;
+    tokio::task::spawn_blocking(move || work(&tokenizer)).await.map_err(ApiError::internal)
+}
+
+/// The project's tokenizer of that id; 404 where there is none, 409 while it is not ready.
+pub(super) async fn ready(state: &AppState, project_id: &str, id: &str) -> Result<Arc<Tokenizer>, ApiError> {
     let mut conn = state.db.acquire().await?;
-    let row = find(&mut conn, &project.project_id, id).await?;
+    let row = find(&mut conn, project_id, id).await?;
     drop(conn);
     let (ResourceState::Ready, Some(artifact)) = (row.state, row.artifact) else {
         return Err(resource::not_ready("tokenizer", id, row.state));
     };
     let (cache, folder) = (state.tokenizers.clone(), state.artifacts.path(&artifact));
-    let done = tokio::task::spawn_blocking(move || {
-        let tokenizer = cache.get_or_load(&artifact, || Tokenizer::load(&folder)).map_err(ApiError::internal)?;
-        Ok(work(&tokenizer))
-    });
-    done.await.map_err(ApiError::internal)?
+    let loaded = tokio::task::spawn_blocking(move || cache.get_or_load(&artifact, || Tokenizer::load(&folder)));
+    loaded.await.map_err(ApiError::internal)?.map_err(ApiError::internal)
 }
 
 /// Loaded tokenizers by artifact key. An artifact never changes, so nothing here goes stale.

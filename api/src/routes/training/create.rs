@@ -17,6 +17,7 @@ use sqlx::{Connection, PgConnection};
 use super::TrainingJobObject;
 use crate::{
     auth::Project,
+    generation::models::ready_model,
     idempotency::Creation,
     metadata::Metadata,
     parse::Body,
@@ -51,6 +52,9 @@ pub(super) async fn create_training_job(
 ) -> Result<(StatusCode, Json<TrainingJobObject>), ApiError> {
     let stored = serde_json::to_value(&body).map_err(ApiError::internal)?;
     let request = body.resolve()?;
+    if let Origin::Base { model, tokenizer: Some(tokenizer) } = &request.origin {
+        check_extension(&state, &project.project_id, model, tokenizer).await?;
+    }
     let mut conn = state.db.acquire().await?;
     let mut tx = conn.begin().await?;
     let suffix = request.name.clone();
@@ -176,9 +180,25 @@ async fn vocabulary(conn: &mut PgConnection, tokenizer: &str) -> Result<i64, Api
     Ok(vocabulary.unwrap_or(0))
 }
 
+/// 422 for a tokenizer that changes tokens of the base's. What is not ready cannot be read yet: there the job
+/// finds it.
+async fn check_extension(state: &AppState, project_id: &str, base: &str, tokenizer: &str) -> Result<(), ApiError> {
+    let (base, tokenizer) =
+        match (ready_model(state, project_id, base).await, tokenizers::ready(state, project_id, tokenizer).await) {
+            (Ok(base), Ok(tokenizer)) => (base, tokenizer),
+            // What is unknown or has failed is refused when the job is added.
+            _ => return Ok(()),
+        };
+    let compared = tokio::task::spawn_blocking(move || tokenizer.extends(&base.tokenizer));
+    compared.await.map_err(ApiError::internal)?.map_err(|reason| {
+        let message = format!(
+            "The tokenizer does not go with the base model: {reason}. Use the base's own, or one that only adds tokens to it."
+        );
+        ApiError::unprocessable("invalid_tokenizer", "tokenizer", message)
+    })
+}
+
 /// Locks the base against deletion until the transaction ends. A checkpoint is ready whatever its job is.
-/// Whether another tokenizer only adds to the base's is found by the job; that it has fewer tokens is
-/// seen here.
 async fn start_from(conn: &mut PgConnection, project_id: &str, base: &str, tokenizer: Option<&str>) -> Result<Start, ApiError> {
     let checkpoint = checkpoints::find_named(conn, base).await?;
     let row = sqlx::query!(
