@@ -215,7 +215,8 @@ struct Choices<T> {
     choices: Vec<T>,
 }
 
-fn chat_body(model: &str, question: &str, max_tokens: u32) -> Value {
+/// A question that is answered greedily.
+pub fn chat_body(model: &str, question: &str, max_tokens: u32) -> Value {
     json!({"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": max_tokens, "temperature": 0})
 }
 

@@ -27,7 +27,7 @@ use std::{path::PathBuf, pin::pin, process::ExitStatus};
 use futures_util::StreamExt;
 
 use self::{
-    client::{Client, ClientError},
+    client::{Client, ClientError, chat_body},
     display::{Stage, piece, say},
     server::Server,
 };
@@ -73,6 +73,8 @@ struct Outcome {
     model: String,
     /// A question that it can be asked.
     question: String,
+    /// Room for an answer, as the streamed ones had.
+    max_tokens: u32,
 }
 
 /// Runs the demo and goes on serving until `shutdown`.
@@ -97,7 +99,7 @@ pub async fn run(config: DemoConfig, shutdown: impl Future<Output = ()> + Send +
             return Err(error);
         }
     };
-    invite(&server, &outcome);
+    say(&invitation(&server.base, &server.key, &outcome));
     tokio::select! {
         error = server.end() => Err(error),
         () = shutdown => server.stop().await,
@@ -112,14 +114,12 @@ async fn show(client: &Client, config: &DemoConfig) -> Result<Outcome, DemoError
 }
 
 /// How to go on from here.
-fn invite(server: &Server, outcome: &Outcome) {
-    let (base, key) = (&server.base, &server.key);
-    let body = serde_json::json!({"model": outcome.model, "messages": [{"role": "user", "content": outcome.question}], "temperature": 0, "max_tokens": tasks::MAX_TOKENS});
-    say(&format!("\nServing until Ctrl-C.\n  address  {base}/v1\n  key      {key}\n  docs     {base}/docs\n\nTry it:"));
-    say(&format!(
-        "  curl {base}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\\n    -d '{}'",
-        quoted(&body.to_string())
-    ));
+fn invitation(base: &str, key: &str, outcome: &Outcome) -> String {
+    let body = quoted(&chat_body(&outcome.model, &outcome.question, outcome.max_tokens).to_string());
+    format!(
+        "\nServing until Ctrl-C.\n  address  {base}/v1\n  key      {key}\n  docs     {base}/docs\n\nTry it:\n  \
+         curl {base}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\\n    -d '{body}'"
+    )
 }
 
 /// For single quotes in a shell.
@@ -127,12 +127,17 @@ fn quoted(text: &str) -> String {
     text.replace('\'', r"'\''")
 }
 
-/// Shows questions and their answers as they are made.
-async fn stream_answers(client: &Client, model: &str, questions: &[(String, String)], max_tokens: u32) -> Result<(), DemoError> {
+/// Shows questions and their answers as they are made; the first may be asked again.
+async fn stream_answers(
+    client: &Client,
+    model: String,
+    questions: &[(String, String)],
+    max_tokens: u32,
+) -> Result<Outcome, DemoError> {
     for (question, expected) in questions {
         say(&format!("\n  > {}", question.replace('\n', "\n    ")));
         piece("    ");
-        let mut answer = client.chat_stream(model, question, max_tokens).await?;
+        let mut answer = client.chat_stream(&model, question, max_tokens).await?;
         let mut whole = String::new();
         while let Some(text) = answer.next().await.transpose()? {
             piece(&text.replace('\n', "\n    "));
@@ -142,7 +147,7 @@ async fn stream_answers(client: &Client, model: &str, questions: &[(String, Stri
             if whole == *expected { String::new() } else { format!("\n    (expected: {})", expected.replace('\n', "\n    ")) };
         say(&verdict);
     }
-    Ok(())
+    Ok(Outcome { model, question: questions.first().map(|(question, _)| question.clone()).unwrap_or_default(), max_tokens })
 }
 
 #[cfg(test)]
@@ -150,7 +155,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_quote_in_the_curl_line_survives_the_shell() {
-        assert_eq!(quoted("What's up"), r"What'\''s up");
+    fn the_curl_line_asks_what_was_asked() {
+        let outcome = Outcome { model: "m".into(), question: "What's up".into(), max_tokens: 80 };
+        let text = invitation("http://a", "k", &outcome);
+        let body = text.rsplit_once("-d '").and_then(|(_, rest)| rest.strip_suffix('\'')).unwrap();
+        let body: serde_json::Value = serde_json::from_str(&body.replace(r"'\''", "'")).unwrap();
+        assert_eq!(body, chat_body("m", "What's up", 80));
+        assert!(text.contains(r"What'\''s up"), "a quote survives the shell: {text}");
     }
 }

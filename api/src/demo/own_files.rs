@@ -42,8 +42,7 @@ pub async fn run(client: &Client, corpus: &Path, instructions: &Path, seed: u64)
     let tuned = fallen("tuning", train(client, "Tuning to instructions", &body).await?)?;
 
     let questions = first_questions(client, &instructions).await?;
-    stream_answers(client, &tuned.model, &questions, MAX_TOKENS).await?;
-    Ok(Outcome { model: tuned.model, question: questions.into_iter().next().map(|(question, _)| question).unwrap_or_default() })
+    stream_answers(client, tuned.model, &questions, MAX_TOKENS).await
 }
 
 async fn dataset(client: &Client, stage: &mut Stage, name: &str, path: &Path) -> Result<String, DemoError> {
