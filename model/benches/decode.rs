@@ -10,126 +10,70 @@
 //! Printed for 1, 8 and 32 sequences together: Lathe's tokens a second and its time to all first
 //! tokens, and its speed over each peer's: the median of the rounds, the lowest and the highest.
 
-use std::{
-    io::{BufRead, BufReader, Write},
-    path::Path,
-    process::{Child, ChildStdout, Command, Stdio},
-    sync::mpsc::channel,
-    time::Instant,
-};
+use std::{path::Path, sync::mpsc::channel, time::Instant};
 
 use lathe_model::{
     arch::Gpt,
-    config::{Activation, Architecture, ModelConfig, Norm, Positions, Sampling},
+    config::Sampling,
     engine::{Dtype, Engine, EngineConfig, EngineHandle, Event, Generation},
     nn::Parameters,
     shim,
 };
-use tch::{Device, Kind, Tensor};
+use serde_json::json;
+use tch::{Device, Kind};
+
+use self::peer::{Peer, Shape, spread};
+
+mod peer;
 
 const PROMPT: usize = 16;
 const ROUNDS: usize = 7;
 
 struct Case {
     name: &'static str,
-    layers: i64,
-    heads: i64,
-    width: i64,
-    vocabulary: i64,
-    context: i64,
+    shape: Shape,
     dtype: Dtype,
     threads: usize,
     /// Of every answer.
     tokens: usize,
 }
 
+const GPT2_SMALL: Shape = Shape { layers: 12, heads: 12, width: 768, context: 1024, vocabulary: 50_257 };
+
 const CASES: [Case; 4] = [
     Case {
         name: "small-fp32",
-        layers: 4,
-        heads: 4,
-        width: 128,
-        vocabulary: 1024,
-        context: 128,
+        shape: Shape { layers: 4, heads: 4, width: 128, context: 128, vocabulary: 1024 },
         dtype: Dtype::Fp32,
         threads: 1,
         tokens: 100,
     },
     Case {
         name: "medium-fp32",
-        layers: 6,
-        heads: 6,
-        width: 384,
-        vocabulary: 4096,
-        context: 256,
+        shape: Shape { layers: 6, heads: 6, width: 384, context: 256, vocabulary: 4096 },
         dtype: Dtype::Fp32,
         threads: 1,
         tokens: 48,
     },
-    Case {
-        name: "gpt2-small-fp32",
-        layers: 12,
-        heads: 12,
-        width: 768,
-        vocabulary: 50_257,
-        context: 1024,
-        dtype: Dtype::Fp32,
-        threads: 2,
-        tokens: 24,
-    },
-    Case {
-        name: "gpt2-small-bf16",
-        layers: 12,
-        heads: 12,
-        width: 768,
-        vocabulary: 50_257,
-        context: 1024,
-        dtype: Dtype::Bf16,
-        threads: 2,
-        tokens: 24,
-    },
+    Case { name: "gpt2-small-fp32", shape: GPT2_SMALL, dtype: Dtype::Fp32, threads: 2, tokens: 24 },
+    Case { name: "gpt2-small-bf16", shape: GPT2_SMALL, dtype: Dtype::Bf16, threads: 2, tokens: 24 },
 ];
 
 impl Case {
-    fn model(&self) -> ModelConfig {
-        ModelConfig {
-            architecture: Architecture::Gpt,
-            layers: self.layers,
-            heads: self.heads,
-            kv_heads: self.heads,
-            head_dim: self.width / self.heads,
-            width: self.width,
-            mlp_width: 4 * self.width,
-            context: self.context,
-            vocabulary: self.vocabulary,
-            positions: Positions::Learned,
-            norm: Norm::Layer,
-            norm_eps: 1e-5,
-            activation: Activation::Gelu,
-            bias: true,
-            tie_embeddings: true,
-            dropout: 0.0,
-            rope_theta: 10_000.0,
-        }
-    }
-
     /// Writes the weights for the peers and gives the model to an engine.
     fn start(&self, folder: &Path) -> EngineHandle {
-        let shape = self.model();
-        let mut seeded = Parameters::trainable(Device::Cpu, 1);
-        let trained = Gpt::new(&shape, &mut seeded);
-        let weights: Vec<(&str, Tensor)> = seeded.logical().into_iter().collect();
-        Tensor::write_safetensors(&weights, folder.join("weights.safetensors")).expect("the folder is ours");
+        let (trained, seeded) = self.shape.seeded();
+        peer::write_weights(&seeded, &folder.join("weights.safetensors"));
         let kind = if self.dtype == Dtype::Bf16 { Kind::BFloat16 } else { Kind::Float };
         let mut frozen = Parameters::frozen(Device::Cpu, kind);
-        let model = Gpt::new(&shape, &mut frozen);
+        let config = self.shape.config();
+        let model = Gpt::new(&config, &mut frozen);
         for (target, source) in frozen.entries().iter().zip(seeded.entries()) {
             target.tensor.shallow_clone().copy_(&source.tensor.detach());
         }
-        drop(weights);
         drop((trained, seeded, frozen));
-        let config = EngineConfig { dtype: self.dtype, threads: Some(self.threads), ..EngineConfig::default() };
-        Engine::spawn(model, shape, Vec::new(), &config).expect("the engine starts")
+        let engine = EngineConfig { dtype: self.dtype, threads: Some(self.threads), ..EngineConfig::default() };
+        Engine::spawn(model, config, Vec::new(), &engine).expect("the engine starts")
     }
 }
 
@@ -172,56 +116,26 @@ fn lathe(engine: &EngineHandle, case: &Case, sequences: usize, seed: usize) -> R
 
 /// The peers' process.
 struct Peers {
-    process: Child,
-    answers: BufReader<ChildStdout>,
+    process: Peer,
     names: Vec<String>,
 }
 
 impl Peers {
-    /// `None` where `LATHE_PEER` does not say where torch is.
     fn start(case: &Case, folder: &Path) -> Option<Peers> {
-        let packages = std::env::var_os("LATHE_PEER")?;
-        let file = folder.join("case.json");
-        let description = serde_json::json!({"layers": case.layers, "heads": case.heads, "width": case.width, "vocabulary": case.vocabulary,
-            "context": case.context, "threads": case.threads, "prompt": PROMPT, "bf16": case.dtype == Dtype::Bf16,
-            "weights": folder.join("weights.safetensors")});
-        std::fs::write(&file, description.to_string()).expect("the folder is ours");
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/decode_peer.py");
-        let mut python = Command::new("python3");
-        // The library path is for Lathe's own libtorch.
-        python.arg(script).arg(&file).env("PYTHONPATH", packages).env_remove("LD_LIBRARY_PATH");
-        let mut process = python.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python3 runs");
-        let mut answers = BufReader::new(process.stdout.take().expect("it is piped"));
-        let mut line = String::new();
-        answers.read_line(&mut line).expect("the peers are there");
-        let names = line.split_whitespace().map(str::to_owned).collect();
-        Some(Peers { process, answers, names })
+        let more = json!({"threads": case.threads, "prompt": PROMPT, "bf16": case.dtype == Dtype::Bf16});
+        let description = case.shape.describe(&folder.join("weights.safetensors"), more);
+        let mut process = Peer::start("decode.py", &description, &folder.join("case.json"), &[])?;
+        let names = process.answer().split_whitespace().map(str::to_owned).collect();
+        Some(Peers { process, names })
     }
 
     fn round(&mut self, peer: usize, case: &Case, sequences: usize, seed: usize) -> Round {
-        let ask = self.process.stdin.as_mut().expect("it is piped");
-        writeln!(ask, "{} {sequences} {} {seed}", self.names[peer], case.tokens).expect("the peer lives");
-        let mut line = String::new();
-        self.answers.read_line(&mut line).expect("the peer lives");
+        let line = self.process.ask(&format!("{} {sequences} {} {seed}", self.names[peer], case.tokens));
         let mut words = line.split_whitespace();
         let mut seconds = || words.next().and_then(|word| word.parse().ok()).expect("seconds");
         let (first, whole) = (seconds(), seconds());
         Round { first, whole, answer: words.map(|word| word.parse().expect("a token")).collect() }
     }
-}
-
-impl Drop for Peers {
-    fn drop(&mut self) {
-        drop(self.process.stdin.take());
-        // It ends with its input; how does not matter any more.
-        let _ = self.process.wait();
-    }
-}
-
-/// Median, lowest and highest.
-fn spread(mut values: Vec<f64>) -> [f64; 3] {
-    values.sort_by(f64::total_cmp);
-    [values[values.len() / 2], values[0], values[values.len() - 1]]
 }
 
 fn run(case: &Case) {

@@ -2,9 +2,9 @@
 //!
 //! `make bench`, or `cargo bench -p lathe-model --bench train [PART OF A CASE'S NAME]` with
 //! `LATHE_PEER` naming a folder in which Python finds torch. Both sides start from the same weights,
-//! read the same batches and take the same steps (`train_peer.py`), so their losses must agree. Lathe
-//! runs its whole loop; between its rounds it stands still while a peer takes as many steps. The peer
-//! runs as it is, and once more with its allocator set as Lathe sets its own.
+//! read the same batches and take the same steps (`peer/train.py`), so their losses must agree. Lathe
+//! runs its whole loop; between its rounds it stands still while PyTorch takes as many steps: eager, eager with
+//! its allocator set as Lathe sets its own, and compiled.
 //!
 //! Printed is Lathe's speed over the peer's, by wall time and by processor time of all threads: the
 //! median of the rounds, the lowest and the highest. Where other programs take part of the machine,
@@ -12,38 +12,36 @@
 
 use std::{
     fs::File,
-    io::{BufRead, BufReader, BufWriter, Write},
-    path::{Path, PathBuf},
-    process::{Child, ChildStdout, Command, Stdio},
+    io::{BufWriter, Write},
+    path::PathBuf,
     time::Instant,
 };
 
 use lathe_model::{
-    arch::Gpt,
-    config::{
-        Activation, Architecture, JobSpec, Method, ModelConfig, Norm, Objective, Optimizer, Positions, Precision, SPEC_VERSION,
-        Schedule, Template, TrainConfig,
-    },
+    config::{JobSpec, Method, Objective, Optimizer, Precision, SPEC_VERSION, Schedule, Template, TrainConfig},
     data::{
         batch::{Batch, Order},
         packing::{self, Packing},
         rows::{Row, Turn, Writer},
         shards::{Shard, Source},
     },
-    nn::Parameters,
     protocol::{self, DeviceChoice, Report, TrainTask},
     shim,
     tokenizer::{self, Tokenizer},
     train,
     worker::{Control, Reporter},
 };
+use serde_json::json;
 use tch::{Device, Tensor};
+
+use self::peer::{Peer, SEED, Shape, spread};
+
+mod peer;
 
 const ROUNDS: u64 = 15;
 /// Steps before the first round; the first is the slowest.
 const WARM_UP: u64 = 3;
 const LEARNING_RATE: f64 = 1e-3;
-const SEED: u64 = 1;
 
 /// glibc's thresholds as Lathe's shim sets them.
 const TUNED_MALLOC: [(&str, &str); 4] = [
@@ -64,87 +62,27 @@ enum Data {
 
 struct Case {
     name: &'static str,
-    layers: i64,
-    heads: i64,
-    width: i64,
-    context: i64,
-    vocabulary: i64,
+    shape: Shape,
     batch_size: u64,
     data: Data,
     /// Steps of a round.
     steps: u64,
 }
 
-const CASES: [Case; 4] = [
-    Case {
-        name: "small",
-        layers: 4,
-        heads: 4,
-        width: 128,
-        context: 64,
-        vocabulary: 1024,
-        batch_size: 12,
-        data: Data::Texts,
-        steps: 20,
-    },
-    Case {
-        name: "demo-pretraining",
-        layers: 4,
-        heads: 4,
-        width: 128,
-        context: 64,
-        vocabulary: 1024,
-        batch_size: 32,
-        data: Data::Texts,
-        steps: 10,
-    },
-    Case {
-        name: "demo-tuning",
-        layers: 4,
-        heads: 4,
-        width: 128,
-        context: 64,
-        vocabulary: 1024,
-        batch_size: 12,
-        data: Data::Pairs,
-        steps: 20,
-    },
-    Case {
-        name: "large",
-        layers: 8,
-        heads: 8,
-        width: 512,
-        context: 256,
-        vocabulary: 4096,
-        batch_size: 8,
-        data: Data::Texts,
-        steps: 1,
-    },
+const SMALL: Shape = Shape { layers: 4, heads: 4, width: 128, context: 64, vocabulary: 4096 };
+const MEDIUM: Shape = Shape { layers: 6, heads: 6, width: 384, context: 256, vocabulary: 4096 };
+const GPT2_SMALL: Shape = Shape { layers: 12, heads: 12, width: 768, context: 512, vocabulary: 50_257 };
+
+const CASES: [Case; 6] = [
+    Case { name: "small-texts", shape: SMALL, batch_size: 12, data: Data::Texts, steps: 20 },
+    Case { name: "small-pairs", shape: SMALL, batch_size: 12, data: Data::Pairs, steps: 20 },
+    Case { name: "medium-texts", shape: MEDIUM, batch_size: 8, data: Data::Texts, steps: 2 },
+    Case { name: "medium-pairs", shape: MEDIUM, batch_size: 8, data: Data::Pairs, steps: 2 },
+    Case { name: "gpt2-small-texts", shape: GPT2_SMALL, batch_size: 2, data: Data::Texts, steps: 1 },
+    Case { name: "gpt2-small-pairs", shape: GPT2_SMALL, batch_size: 2, data: Data::Pairs, steps: 1 },
 ];
 
 impl Case {
-    fn model(&self) -> ModelConfig {
-        ModelConfig {
-            architecture: Architecture::Gpt,
-            layers: self.layers,
-            heads: self.heads,
-            kv_heads: self.heads,
-            head_dim: self.width / self.heads,
-            width: self.width,
-            mlp_width: 4 * self.width,
-            context: self.context,
-            vocabulary: self.vocabulary,
-            positions: Positions::Learned,
-            norm: Norm::Layer,
-            norm_eps: 1e-5,
-            activation: Activation::Gelu,
-            bias: true,
-            tie_embeddings: true,
-            dropout: 0.0,
-            rope_theta: 10_000.0,
-        }
-    }
-
     fn method(&self) -> Method {
         match self.data {
             Data::Texts => Method::Pretrain { objective: Objective::CausalLm },
@@ -161,7 +99,7 @@ impl Case {
         JobSpec {
             spec_version: SPEC_VERSION,
             method: self.method(),
-            model: self.model(),
+            model: self.shape.config(),
             validation: None,
             train: TrainConfig {
                 steps: Some(self.total()),
@@ -196,22 +134,15 @@ impl Prepared {
         let mut writer = Writer::create(&prepared.path("dataset")).expect("the folder is ours");
         rows(case).iter().for_each(|row| writer.push(row).expect("the folder is ours"));
         writer.finish().expect("the folder is ours");
-        let tokenizer = tokenizer::train(&prepared.path("dataset"), case.vocabulary, &prepared.path("tokenizer"));
+        let tokenizer = tokenizer::train(&prepared.path("dataset"), case.shape.vocabulary, &prepared.path("tokenizer"));
         let tokenizer = tokenizer.expect("the rows have enough repeated text");
-        prepared.write_weights(case);
+        peer::write_weights(&case.shape.seeded().1, &prepared.path("weights.safetensors"));
         prepared.write_batches(case, &tokenizer);
         prepared
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
-    }
-
-    fn write_weights(&self, case: &Case) {
-        let mut parameters = Parameters::trainable(Device::Cpu, SEED);
-        let _model = Gpt::new(&case.model(), &mut parameters);
-        let weights: Vec<(&str, Tensor)> = parameters.logical().into_iter().collect();
-        Tensor::write_safetensors(&weights, self.path("weights.safetensors")).expect("the folder is ours");
     }
 
     fn write_batches(&self, case: &Case, tokenizer: &Tokenizer) {
@@ -222,11 +153,11 @@ impl Prepared {
             tokenizer,
             tokenizer_sha256: "tokenizer",
             method: &method,
-            context: case.context as u64,
+            context: case.shape.context as u64,
             threads: self.threads,
         };
         let shard = Shard::prepare(&self.path("shards"), source).expect("rows fit into the context");
-        let packing = Packing::of(&shard, packing::all(&shard), case.context as u64);
+        let packing = Packing::of(&shard, packing::all(&shard), case.shape.context as u64);
         let order = Order { shard: &shard, packing: &packing, seed: SEED };
         let mut file = BufWriter::new(File::create(self.path("batches")).expect("the folder is ours"));
         for step in 0..case.total() {
@@ -279,11 +210,14 @@ fn rows(case: &Case) -> Vec<Row> {
     };
     let syllables = ["ka", "lo", "mir", "ten", "su", "va", "ne", "ro", "pid", "gal", "tu", "es", "ban", "fo", "che", "lin"];
     let words: Vec<String> =
-        (0..case.vocabulary * 2).map(|_| (0..2 + below(3)).map(|_| syllables[below(16) as usize]).collect()).collect();
+        (0..case.shape.vocabulary * 2).map(|_| (0..2 + below(3)).map(|_| syllables[below(16) as usize]).collect()).collect();
     let mut sentence =
         |count: u64| (0..count).map(|_| words[below(words.len() as u64) as usize].as_str()).collect::<Vec<_>>().join(" ");
     match case.data {
-        Data::Texts => (0..case.total() * case.batch_size / 8 + 32).map(|_| Row::Text { text: sentence(2_000) }).collect(),
+        // Enough for every batch and for every token of the vocabulary.
+        Data::Texts => (0..case.total() * case.batch_size / 4 + case.shape.vocabulary as u64 / 100)
+            .map(|_| Row::Text { text: sentence(2_000) })
+            .collect(),
         Data::Pairs => (0..20_000)
             .map(|index| {
                 let turn = Turn { instruction: sentence(4 + index % 5), input: String::new(), output: sentence(2 + index % 3) };
@@ -323,53 +257,50 @@ fn processor_seconds() -> f64 {
     time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }
 
-/// A peer that waits for a number of steps.
-struct Peer {
-    process: Child,
-    answers: BufReader<ChildStdout>,
+/// How PyTorch is run.
+struct Setting {
+    name: &'static str,
+    compiled: bool,
+    environment: &'static [(&'static str, &'static str)],
+}
+
+const SETTINGS: [Setting; 3] = [
+    Setting { name: "eager", compiled: false, environment: &[] },
+    Setting { name: "eager, tuned malloc", compiled: false, environment: &TUNED_MALLOC },
+    Setting { name: "compiled", compiled: true, environment: &[] },
+];
+
+/// PyTorch that waits for a number of steps.
+struct Rival {
+    process: Peer,
     name: &'static str,
     rounds: Vec<Cost>,
     loss: f64,
 }
 
-impl Peer {
-    fn start(name: &'static str, case: &Path, environment: &[(&str, &str)]) -> Peer {
-        let torch = std::env::var("LATHE_PEER").expect("LATHE_PEER names a folder with torch: run `make bench`");
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/train_peer.py");
-        let mut command = Command::new("python3");
-        command.arg(script).arg(case).env("PYTHONPATH", torch).envs(environment.iter().copied());
-        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python3 runs");
-        let answers = BufReader::new(process.stdout.take().expect("it is piped"));
-        Peer { process, answers, name, rounds: Vec::new(), loss: f64::NAN }
+impl Rival {
+    fn start(setting: &Setting, case: &Case, precision: Precision, prepared: &Prepared) -> Rival {
+        let more = json!({"threads": prepared.threads, "bf16": precision == Precision::Bf16, "compiled": setting.compiled,
+            "learning_rate": LEARNING_RATE, "batches": prepared.path("batches")});
+        let description = case.shape.describe(&prepared.path("weights.safetensors"), more);
+        let process = Peer::start("train.py", &description, &prepared.path("case.json"), setting.environment);
+        let mut process = process.expect("LATHE_PEER names a folder with torch: run `make bench`");
+        // The file is written anew for the next.
+        process.answer();
+        Rival { process, name: setting.name, rounds: Vec::new(), loss: f64::NAN }
     }
 
     fn steps(&mut self, steps: u64) -> Cost {
-        writeln!(self.process.stdin.as_mut().expect("it is piped"), "{steps}").expect("the peer listens");
-        let mut line = String::new();
-        self.answers.read_line(&mut line).expect("the peer answers");
+        let line = self.process.ask(&steps.to_string());
         let numbers: Vec<f64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-        let &[wall, processor, loss] = numbers.as_slice() else { panic!("the peer ended: {line:?}") };
+        let &[wall, processor, loss] = numbers.as_slice() else { panic!("the peer says {line:?}") };
         self.loss = loss;
         Cost { wall, processor }
     }
 }
 
-impl Drop for Peer {
-    fn drop(&mut self) {
-        self.process.stdin = None;
-        let _ = self.process.wait();
-    }
-}
-
 fn measure(case: &Case, precision: Precision, prepared: &Prepared) {
-    let description = serde_json::json!({
-        "layers": case.layers, "heads": case.heads, "width": case.width, "context": case.context, "vocabulary": case.vocabulary,
-        "threads": prepared.threads, "bf16": precision == Precision::Bf16, "learning_rate": LEARNING_RATE,
-        "weights": prepared.path("weights.safetensors"), "batches": prepared.path("batches"),
-    });
-    let file = prepared.path("case.json");
-    std::fs::write(&file, description.to_string()).expect("the folder is ours");
-    let mut peers = [Peer::start("PyTorch", &file, &[]), Peer::start("PyTorch, tuned malloc", &file, &TUNED_MALLOC)];
+    let mut rivals = SETTINGS.each_ref().map(|setting| Rival::start(setting, case, precision, prepared));
     let control = Control::default();
     let (mut clock, mut rounds, mut last_loss) = (Clock::start(), Vec::new(), f64::NAN);
     let mut reporter = Reporter::new(|report| {
@@ -377,17 +308,17 @@ fn measure(case: &Case, precision: Precision, prepared: &Prepared) {
         last_loss = row.loss;
         // A row is reported once the step after it is finished.
         if row.step == WARM_UP {
-            peers.iter_mut().for_each(|peer| _ = peer.steps(WARM_UP));
+            rivals.iter_mut().for_each(|rival| _ = rival.steps(WARM_UP));
         } else if row.step > WARM_UP && (row.step - WARM_UP).is_multiple_of(case.steps) {
             rounds.push(clock.cost());
-            for peer in &mut peers {
-                let taken = peer.steps(case.steps);
-                peer.rounds.push(taken);
+            for rival in &mut rivals {
+                let taken = rival.steps(case.steps);
+                rival.rounds.push(taken);
                 assert!(
-                    (peer.loss - row.loss).abs() < 0.05 * row.loss,
+                    (rival.loss - row.loss).abs() < 0.05 * row.loss,
                     "{}'s loss is {}, Lathe's {}",
-                    peer.name,
-                    peer.loss,
+                    rival.name,
+                    rival.loss,
                     row.loss
                 );
             }
@@ -402,28 +333,26 @@ fn measure(case: &Case, precision: Precision, prepared: &Prepared) {
     let ended = train::train(&prepared.task(case.spec(precision)), prepared.threads, &control, &mut reporter);
     drop(reporter);
     assert_eq!(ended.err(), Some(train::Halt::Stopped));
-    let step = |cost: fn(&Cost) -> f64| median(rounds.iter().map(|round| cost(round) / case.steps as f64 * 1e3));
+    let step = |cost: fn(&Cost) -> f64| spread(rounds.iter().map(|round| cost(round) / case.steps as f64 * 1e3))[0];
     println!(
-        "{}, {precision:?}: {:.1} ms a step, {:.1} ms of processor time; loss {last_loss:.3}, the peer's {:.3}",
+        "{}, {precision:?}: {:.1} ms a step, {:.1} ms of processor time; loss {last_loss:.3}, PyTorch's {:.3}",
         case.name,
         step(|cost| cost.wall),
         step(|cost| cost.processor),
-        peers[0].loss
+        rivals[0].loss
     );
-    for peer in &peers {
+    for rival in &rivals {
         let ratios = |cost: fn(&Cost) -> f64| {
-            let ratios: Vec<f64> = peer.rounds.iter().zip(&rounds).map(|(theirs, ours)| cost(theirs) / cost(ours)).collect();
-            let (low, high) = ratios.iter().fold((f64::MAX, f64::MIN), |(low, high), &ratio| (low.min(ratio), high.max(ratio)));
-            format!("{:.3} ({low:.2} to {high:.2})", median(ratios.into_iter()))
+            let [median, low, high] = spread(rival.rounds.iter().zip(&rounds).map(|(theirs, ours)| cost(theirs) / cost(ours)));
+            format!("{median:.3} ({low:.2} to {high:.2})")
         };
-        println!("    Lathe / {:<22} wall {}, processor {}", peer.name, ratios(|cost| cost.wall), ratios(|cost| cost.processor));
+        println!(
+            "    over PyTorch, {:<20} wall {}, processor {}",
+            rival.name,
+            ratios(|cost| cost.wall),
+            ratios(|cost| cost.processor)
+        );
     }
-}
-
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut sorted: Vec<f64> = values.collect();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
 }
 
 fn main() {

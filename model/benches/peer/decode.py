@@ -1,7 +1,7 @@
-"""The peer of benches/decode.rs: the same model with a KV cache in plain PyTorch, eager, and the GPT-2 of
-`transformers` where it is installed.
+"""The peer of benches/decode.rs: the same model with a cache of keys and values in plain PyTorch, eager, and
+the GPT-2 of `transformers` where it is installed.
 
-    decode_peer.py CASE.json
+    decode.py CASE.json
 
 The case names a file of weights, written by the bench. A line `PEER SEQUENCES TOKENS SEED` on standard
 input asks for greedy answers of so many tokens to so many prompts, decoded together; the answer is a line with the
@@ -9,8 +9,6 @@ seconds to all first tokens, the seconds in all, and the tokens of the first ans
 `transformers`; the first line says which are there.
 """
 
-import json
-import struct
 import sys
 import time
 
@@ -18,59 +16,32 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from gpt import Gpt, read_case
+
 try:
     import transformers
 except ImportError:
     transformers = None
 
 
-class Block(nn.Module):
+class Decoded(Gpt):
     def __init__(self, case):
-        super().__init__()
-        width, self.heads = case["width"], case["heads"]
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(width, eps=1e-5), nn.LayerNorm(width, eps=1e-5)
-        self.qkv, self.output = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x, cache, start):
-        """`cache` is (2, b, heads, capacity, d); the new tokens stand at `start` on."""
-        b, t, width = x.shape
-        q, k, v = self.qkv(self.attention_norm(x)).split(width, dim=-1)
-        q, k, v = (part.view(b, t, self.heads, -1).transpose(1, 2) for part in (q, k, v))
-        cache[0, :, :, start:start + t], cache[1, :, :, start:start + t] = k, v
-        keys, values = cache[0, :, :, :start + t], cache[1, :, :, :start + t]
-        attended = F.scaled_dot_product_attention(q, keys, values, is_causal=t > 1)
-        x = x + self.output(attended.transpose(1, 2).reshape(b, t, width))
-        return x + self.down(F.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
-
-
-class Gpt(nn.Module):
-    def __init__(self, case):
-        super().__init__()
-        self.tokens = nn.Embedding(case["vocabulary"], case["width"])
-        self.positions = nn.Embedding(case["context"], case["width"])
-        self.blocks = nn.ModuleList(Block(case) for _ in range(case["layers"]))
-        self.norm = nn.LayerNorm(case["width"], eps=1e-5)
+        super().__init__(case)
         self.case = case
 
     def forward(self, tokens, cache, start):
-        """Logits of the last position."""
-        x = self.tokens(tokens) + self.positions.weight[start:start + tokens.shape[1]]
+        """Logits of the last position. `cache` has a (2, b, heads, capacity, d) for each layer; the new tokens
+        stand at `start` on."""
+        t = tokens.shape[1]
+        x = self.tokens(tokens) + self.positions.weight[start:start + t]
         for block, layer in zip(self.blocks, cache):
-            x = block(x, layer, start)
-        return F.linear(self.norm(x[:, -1]), self.tokens.weight)
+            def attend(q, k, v):
+                layer[0, :, :, start:start + t], layer[1, :, :, start:start + t] = k, v
+                keys, values = layer[0, :, :, :start + t], layer[1, :, :, :start + t]
+                return F.scaled_dot_product_attention(q, keys, values, is_causal=t > 1)
 
-    def load(self, weights):
-        names = {"tokens": "embedding", "positions": "positions", "norm": "norm"}
-        for name, parameter in self.named_parameters():
-            *module, leaf = name.split(".")
-            if module[0] != "blocks":
-                parameter.copy_(weights[f"{names[module[0]]}.{leaf}"])
-                continue
-            layer, part = f"layers.{module[1]}", module[2]
-            inside = {"qkv": ["attention.q", "attention.k", "attention.v"], "output": ["attention.output"],
-                      "up": ["mlp.up"], "down": ["mlp.down"]}.get(part, [part])
-            parameter.copy_(torch.cat([weights[f"{layer}.{name}.{leaf}"] for name in inside]))
+            x = block(x, attend)
+        return F.linear(self.norm(x[:, -1]), self.tokens.weight)
 
     def generate(self, prompts, count):
         case, begun = self.case, time.perf_counter()
@@ -116,21 +87,10 @@ class Transformers:
         return first, time.perf_counter() - begun, answer
 
 
-def read_safetensors(path):
-    with open(path, "rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        data = bytearray(file.read())
-    return {name: torch.frombuffer(data, dtype=torch.float32, offset=entry["data_offsets"][0],
-                                   count=(entry["data_offsets"][1] - entry["data_offsets"][0]) // 4).view(entry["shape"])
-            for name, entry in header.items() if name != "__metadata__"}
-
-
 @torch.inference_mode()
 def main():
-    case = json.load(open(sys.argv[1]))
-    torch.set_num_threads(case["threads"])
-    ours = Gpt(case).eval()
-    ours.load(read_safetensors(case["weights"]))
+    case = read_case(sys.argv[1])
+    ours = Decoded(case).eval()
     ours.to(torch.bfloat16 if case["bf16"] else torch.float32)
     peers = {"torch": ours}
     if transformers:
