@@ -7,7 +7,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use axum::http::HeaderValue;
 use clap::{Args, Parser, Subcommand, ValueEnum, builder::FalseyValueParser};
-use lathe_jobs::runner::RunnerConfig;
+use lathe_jobs::context::RunnerConfig;
 
 use crate::state::ApiConfig;
 
@@ -226,6 +226,9 @@ pub struct RunnerOptions {
     /// Seconds after which a runner that is not heard of has lost its jobs.
     #[arg(long, env = "LATHE_LEASE_SECONDS", default_value_t = 10.0, value_parser = lease_seconds, value_name = "SECONDS")]
     pub lease_seconds: f64,
+    /// Seconds after which a worker that shows no sign of progress is killed; its job is tried again.
+    #[arg(long, env = "LATHE_STALL_SECONDS", default_value_t = 1800, value_parser = clap::value_parser!(u64).range(5..=604_800), value_name = "SECONDS")]
+    pub stall_seconds: u64,
     /// The address on which engines and ranks listen; they have weaker protection than the API.
     #[arg(long, env = "LATHE_INTERNAL_ADDR", default_value = "127.0.0.1", value_name = "ADDRESS")]
     pub internal_addr: std::net::IpAddr,
@@ -242,6 +245,7 @@ impl RunnerOptions {
     pub fn environment(&self) -> Vec<(&'static str, String)> {
         vec![
             ("LATHE_LEASE_SECONDS", self.lease_seconds.to_string()),
+            ("LATHE_STALL_SECONDS", self.stall_seconds.to_string()),
             ("LATHE_INTERNAL_ADDR", self.internal_addr.to_string()),
             ("LATHE_DETERMINISTIC_DECODE", self.deterministic_decode.to_string()),
             ("LATHE_DECOMPRESSION_RATIO", self.decompression_ratio.to_string()),
@@ -252,6 +256,7 @@ impl RunnerOptions {
         RunnerConfig {
             disk_low_bytes: store.disk_low_bytes,
             lease_seconds: self.lease_seconds,
+            stall: Duration::from_secs(self.stall_seconds),
             internal_addr: self.internal_addr,
             deterministic_decode: self.deterministic_decode,
             decompression_ratio: self.decompression_ratio,

@@ -39,6 +39,11 @@ pub async fn append(
     .await
 }
 
+/// Neither text nor jsonb of the database takes a NUL.
+pub fn clean(text: &str) -> String {
+    text.replace('\0', "\u{fffd}")
+}
+
 /// Wakes the streams of a job without an event (a metric, a change of state).
 pub async fn wake(conn: &mut PgConnection, job_id: &str) -> Result<(), sqlx::Error> {
     sqlx::query!("SELECT pg_notify('lathe_events', $1) AS told", job_id).fetch_one(conn).await.map(drop)

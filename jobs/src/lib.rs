@@ -11,7 +11,7 @@
 //! 5. Reports become rows, each write fenced by the token ([`metrics`], [`events`]); checkpoints are
 //!    published and registered ([`checkpoints`]).
 //! 6. The result is published, the resource becomes ready, the job succeeds and its dependants are
-//!    queued, in one transaction ([`lease::finish`]).
+//!    queued, in one transaction ([`ending::finish`]).
 //! 7. An attempt whose lease ran out is ended by whichever runner sees it first ([`reaper`]).
 //! 8. Models are served by engines that a runner starts for queued replicas ([`replicas`]).
 //! 9. What nothing refers to any more is swept ([`housekeeping`]).
@@ -20,6 +20,10 @@
 
 pub mod artifacts;
 pub mod checkpoints;
+pub mod child;
+pub mod context;
+pub mod devices;
+pub mod ending;
 pub mod events;
 pub mod housekeeping;
 pub mod ids;

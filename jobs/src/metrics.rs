@@ -1,8 +1,9 @@
 //! What a worker reports while it runs, written about once a second: metrics, progress, events.
 //!
 //! One fenced transaction a batch, never one insert a step. Metrics are upserted by (job, step), so a
-//! resumed attempt writes over the steps that it repeats. A batch that was not acknowledged may be
-//! written twice, except for its events: they go last and once, in the same transaction.
+//! resumed attempt writes over the steps that it repeats. Events are numbered within their attempt, whose
+//! row says how many of them are written; so a batch whose commit went unanswered may be written again, with
+//! what has come since, and nothing of it is there twice.
 
 use std::collections::BTreeMap;
 
@@ -22,10 +23,24 @@ use crate::{
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
+    /// 1, 2, 3 … within the attempt; given by the outbox.
+    #[serde(default)]
+    pub n: u64,
     pub level: Level,
     pub code: String,
     pub message: String,
     pub data: Value,
+}
+
+impl Event {
+    /// Not numbered yet. What the database would not take is replaced.
+    pub fn new(level: Level, code: &str, message: &str, data: Value) -> Event {
+        let data = match data.to_string() {
+            text if text.contains("\\u0000") => serde_json::from_str(&text.replace("\\u0000", "\\ufffd")).unwrap_or_default(),
+            _ => data,
+        };
+        Event { n: 0, level, code: events::clean(code), message: events::clean(message), data }
+    }
 }
 
 /// Reports that wait to be written.
@@ -84,12 +99,24 @@ pub async fn record(conn: &mut PgConnection, lease: &Lease, batch: &Batch) -> Re
     .execute(&mut *tx)
     .await?;
     announce(&mut tx, &lease.job_id, &batch.rows).await?;
-    for event in &batch.events {
-        events::append(&mut tx, &lease.job_id, event.level, &event.code, &event.message, &event.data).await?;
-    }
+    append_new(&mut tx, lease, &batch.events).await?;
     events::wake(&mut tx, &lease.job_id).await?;
     tx.commit().await?;
     Ok(())
+}
+
+/// Adds the events that the attempt has not written yet.
+async fn append_new(tx: &mut PgConnection, lease: &Lease, batch: &[Event]) -> Result<(), sqlx::Error> {
+    let Some(newest) = batch.iter().map(|event| event.n).max() else { return Ok(()) };
+    let written = sqlx::query_scalar!("SELECT events FROM job_attempts WHERE lease_token = $1", lease.token);
+    let written = written.fetch_one(&mut *tx).await?;
+    for event in batch.iter().filter(|event| signed(event.n) > written) {
+        events::append(tx, &lease.job_id, event.level, &event.code, &event.message, &event.data).await?;
+    }
+    sqlx::query!("UPDATE job_attempts SET events = greatest(events, $2) WHERE lease_token = $1", lease.token, signed(newest))
+        .execute(tx)
+        .await
+        .map(drop)
 }
 
 /// The code of the events that carry metrics.

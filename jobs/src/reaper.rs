@@ -8,11 +8,7 @@ use std::time::Duration;
 
 use sqlx::{Connection, PgConnection, PgPool};
 
-use crate::{
-    artifacts::Artifacts,
-    lease::{self, LeaseError},
-    replicas, settle,
-};
+use crate::{artifacts::Artifacts, ending, lease::LeaseError, replicas, settle};
 
 /// Works until it is dropped.
 pub async fn run(db: PgPool, artifacts: Artifacts, lease_seconds: f64) {
@@ -51,7 +47,7 @@ pub async fn run(db: PgPool, artifacts: Artifacts, lease_seconds: f64) {
 pub async fn sweep(db: &PgPool, artifacts: &Artifacts) -> Result<usize, LeaseError> {
     let mut conn = db.acquire().await?;
     let mut ended = 0;
-    while let Some((lease, state)) = lease::reap_one(&mut conn, artifacts).await? {
+    while let Some((lease, state)) = ending::reap_one(&mut conn, artifacts).await? {
         tracing::warn!(job.id = lease.job_id, job.attempt = lease.attempt, job.state = %state, "ended an attempt whose lease ran out");
         ended += 1;
     }

@@ -8,19 +8,15 @@
 
 use std::{sync::Arc, time::Duration};
 
-use lathe_model::protocol::FailureCode;
+use lathe_model::{failure, protocol::FailureCode};
 use serde::Deserialize;
 use sqlx::{PgConnection, PgPool};
 use tokio::task::JoinSet;
 
 use crate::{
-    ids,
-    runner::{
-        Context,
-        child::{Bounds, Child, Start},
-        crash_message, failure,
-    },
-    settle,
+    child::{Bounds, Child, Start, crash_message},
+    context::Context,
+    ids, settle,
     state::ReplicaState,
 };
 
@@ -317,7 +313,7 @@ async fn settle_end(db: &PgPool, replica: &Claimed, end: &End) -> Result<(), sql
         }
         End::NotLoaded(reason) => {
             tracing::error!(replica.id = replica.id, reason, "a model could not be loaded");
-            let error = settle::error_of(&failure(FailureCode::WorkerCrashed, reason.clone(), true));
+            let error = settle::error_of(&failure::retryable(FailureCode::WorkerCrashed, reason.clone()));
             sqlx::query!(
                 "UPDATE replicas SET state = 'failed', error = $2, stopped_at = now(), lease_token = NULL, expires_at = NULL
                  WHERE lease_token = $1 AND state IN ('starting', 'stopping')",
@@ -354,7 +350,8 @@ async fn settle_death(tx: &mut PgConnection, replica: &Claimed, how: &str) -> Re
     };
     tracing::error!(replica.id = replica.id, replica.deaths = deaths, how, "an engine died");
     let message = format!("It died {deaths} times soon after it was loaded. {how}");
-    let error = (state == ReplicaState::Failed).then(|| settle::error_of(&failure(FailureCode::WorkerCrashed, message, true)));
+    let error =
+        (state == ReplicaState::Failed).then(|| settle::error_of(&failure::retryable(FailureCode::WorkerCrashed, message)));
     sqlx::query!(
         "UPDATE replicas SET state = $2, failures = $3, error = $4, run_after = now() + make_interval(secs => $5),
              stopped_at = CASE WHEN $2 = 'queued' THEN NULL ELSE now() END,

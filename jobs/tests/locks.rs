@@ -9,8 +9,9 @@ use std::sync::{
 
 use lathe_jobs::{
     artifacts::Artifacts,
+    ending::{self, Ending},
     ids,
-    lease::{self, Claimant, Ending, LeaseError},
+    lease::{self, Claimant, LeaseError},
     metrics::{self, Batch},
     publish::Product,
     queue::{self, NewJob, QueueError, TransitionError},
@@ -176,7 +177,7 @@ async fn runner_step(world: &World, random: &mut StdRng) -> Result<(), Trouble> 
     };
     let lease = claimed.lease;
     let batch = Batch {
-        events: vec![metrics::Event { level: Level::Info, code: "x".into(), message: "x".into(), data: json!({}) }],
+        events: vec![metrics::Event { n: 1, level: Level::Info, code: "x".into(), message: "x".into(), data: json!({}) }],
         step: Some(1),
         ..Batch::default()
     };
@@ -202,7 +203,7 @@ async fn runner_step(world: &World, random: &mut StdRng) -> Result<(), Trouble> 
             Ending::Failed(failure)
         }
     };
-    lease::finish(&mut conn, &world.artifacts, &lease, ending).await?;
+    ending::finish(&mut conn, &world.artifacts, &lease, ending).await?;
     world.ends.fetch_add(1, Ordering::Relaxed);
     Ok(())
 }

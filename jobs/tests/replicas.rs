@@ -5,12 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lathe_jobs::{
-    artifacts::Artifacts,
-    reaper,
-    runner::{self, RunnerConfig},
-    store_id,
-};
+use lathe_jobs::{artifacts::Artifacts, context::RunnerConfig, reaper, runner, store_id};
 use sqlx::{ConnectOptions, PgPool};
 use tokio::{sync::oneshot, task::JoinHandle};
 

@@ -9,9 +9,10 @@ use std::{
 
 use lathe_jobs::{
     artifacts::Artifacts,
-    ids,
+    context::RunnerConfig,
+    devices, ids,
     queue::{self, NewJob},
-    runner::{self, RunnerConfig, devices},
+    runner,
     spec::{DatasetSource, Spec},
     state::JobState,
     store_id,
@@ -220,6 +221,28 @@ async fn a_crash_is_counted_and_tried_again(db: PgPool) {
     let events = world.events(&id).await;
     let retrying = events.iter().find(|event| event.starts_with("job.retrying")).expect("it says so");
     assert!(retrying.contains("signal 9") && retrying.contains("segmentation fault in step 3"), "{retrying}");
+    running.stop().await;
+}
+
+/// The first attempt reports, works for a while without progress, and then hangs.
+#[sqlx::test(migrations = "../migrations")]
+async fn a_worker_that_hangs_is_killed_and_its_job_tried_again(db: PgPool) {
+    let world = World::new(db).await;
+    let worker = r#"test -e "$here/pid" && succeed
+metric 1
+for second in 1 2 3; do sleep 1; echo '{"report":"alive","progress":false}' >&3; done
+echo $$ > "$here/pid.new"; mv "$here/pid.new" "$here/pid"
+sleep 1000"#;
+    let running = world.start(RunnerConfig { stall: Duration::from_secs(2), ..world.config(worker) });
+    let id = world.enqueue().await;
+    world.reaches(&id, JobState::Succeeded).await;
+    ends(&world.marker("pid")).await;
+    assert_eq!(world.outcomes(&id).await, ["failed", "succeeded"]);
+    let events = world.events(&id).await;
+    for code in ["worker.stalled: ", "job.retrying: "] {
+        let event = events.iter().find(|event| event.starts_with(code)).unwrap_or_else(|| panic!("no {code}{events:?}"));
+        assert!(event.contains("no sign of life for 2 seconds"), "{event}");
+    }
     running.stop().await;
 }
 

@@ -5,8 +5,9 @@ use std::{collections::HashMap, path::PathBuf};
 
 use lathe_jobs::{
     artifacts::Artifacts,
+    ending::{self, Ending},
     ids,
-    lease::{self, Claimant, Claimed, Ending, Lease, LeaseError},
+    lease::{self, Claimant, Claimed, Lease, LeaseError},
     metrics::{self, Batch},
     publish::Product,
     queue::{self, NewJob, QueueError, TransitionError},
@@ -93,7 +94,7 @@ impl World {
 
     async fn finish(&self, lease: &Lease, ending: Ending) -> Result<JobState, LeaseError> {
         let mut conn = self.db.acquire().await?;
-        lease::finish(&mut conn, &self.artifacts, lease, ending).await
+        ending::finish(&mut conn, &self.artifacts, lease, ending).await
     }
 
     async fn succeed(&self, lease: &Lease) -> Result<JobState, LeaseError> {

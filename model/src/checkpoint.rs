@@ -27,6 +27,7 @@ use crate::{
     nn::Parameters,
     optim::Adamw,
     protocol::{Failure, FailureCode, Numerics},
+    pulse,
     train::TrainState,
 };
 
@@ -302,6 +303,7 @@ fn dtype_name(kind: Kind) -> &'static str {
 
 /// The numbers in row-major order, little-endian.
 fn bytes_in(tensor: &Tensor) -> Vec<u8> {
+    pulse::beat();
     let tensor = tensor.to_device(Device::Cpu).contiguous();
     let mut bytes = vec![0u8; tensor.numel() * tensor.kind().elt_size_in_bytes()];
     tensor.copy_data_u8(&mut bytes, tensor.numel());
@@ -359,6 +361,7 @@ fn read_into(path: &Path, tensors: Tensors, accepts: impl Fn(&str, &[i64], &[i64
     }
     let _guard = tch::no_grad_guard();
     for (name, tensor) in tensors {
+        pulse::beat();
         let view = stored.tensor(&name).map_err(|_| damaged(format!("{name} is missing")))?;
         let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
         let kind = match view.dtype() {
@@ -391,6 +394,7 @@ fn file_entry(path: &Path) -> io::Result<FileEntry> {
         if read == 0 {
             return Ok(FileEntry { bytes, sha256: hex::encode(digest.finalize()) });
         }
+        pulse::beat();
         digest.update(&buffer[..read]);
         bytes += read as u64;
     }

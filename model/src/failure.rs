@@ -12,6 +12,11 @@ pub fn new(code: FailureCode, message: impl Into<String>) -> Failure {
     Failure { code, message: message.into(), param: None, retryable: false }
 }
 
+/// A failure that another attempt may not meet.
+pub fn retryable(code: FailureCode, message: impl Into<String>) -> Failure {
+    Failure { retryable: true, ..new(code, message) }
+}
+
 /// A full disk by its own name; anything else of the file system may pass.
 pub fn io(error: io::Error) -> Failure {
     match error.kind() {

@@ -12,6 +12,7 @@ pub mod failure;
 pub mod nn;
 pub mod optim;
 pub mod protocol;
+pub mod pulse;
 pub mod random;
 pub mod shim;
 pub mod template;

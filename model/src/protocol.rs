@@ -155,6 +155,11 @@ pub enum Report {
         #[serde(default)]
         seconds_per_step: Option<f64>,
     },
+    /// Told once a second while there is nothing else to say: work went on, or at least the processor was
+    /// used. A worker that says nothing at all hangs.
+    Alive {
+        progress: bool,
+    },
     /// The task is done; `result` is what its kind produces.
     Done {
         result: TaskResult,
@@ -259,6 +264,8 @@ listed_enum! {
         CheckpointUnreadable,
         DeviceUnavailable,
         WorkerCrashed,
+        /// It showed no sign of progress and was killed.
+        WorkerStalled,
         AttemptsExhausted,
         Internal,
     }

@@ -21,6 +21,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     data::rows::Dataset,
     protocol::{Failure, FailureCode},
+    pulse,
 };
 
 mod detokenizer;
@@ -385,6 +386,7 @@ pub fn statistics(dataset: &Path, tokenizer: &Tokenizer) -> Result<serde_json::V
     let mut lengths: BTreeMap<u64, u64> = BTreeMap::new();
     let (mut first, rows) = (0, dataset.manifest.rows);
     while first < rows {
+        pulse::beat();
         let documents: Vec<String> = dataset.slice(first, BATCH_ROWS)?.iter().map(|row| row.document()).collect();
         for ids in tokenizer.encode_batch(&documents) {
             *lengths.entry(ids.len() as u64).or_default() += 1;

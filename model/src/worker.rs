@@ -13,7 +13,7 @@ use std::{
     os::fd::FromRawFd,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -24,7 +24,7 @@ use crate::{
         Command, Exit, Failure, FailureCode, Level, PROTOCOL_VERSION, REPORT_FD, Report, StatisticsTask, Task, TaskResult,
         TokenizerTask, WorkerSpec,
     },
-    shim,
+    pulse, shim,
     tokenizer::{self, Tokenizer},
     train::{self, Halt},
 };
@@ -67,8 +67,9 @@ impl Control {
         self.orphaned.load(Ordering::Relaxed)
     }
 
-    /// Stop at the next micro-batch, whatever the reason.
+    /// Stop at the next micro-batch, whatever the reason. Who looks is alive.
     pub fn is_stopping(&self) -> bool {
+        pulse::beat();
         self.stopping.load(Ordering::Relaxed)
     }
 
@@ -107,16 +108,11 @@ pub type Ingest<'a> = &'a mut dyn FnMut(serde_json::Value, &Control, &mut Report
 /// of [`Exit`].
 pub fn run(ingest: Ingest) -> i32 {
     // SAFETY: the runner opens this descriptor for the worker, and nothing else in the process uses it.
-    let mut pipe = unsafe { File::from_raw_fd(REPORT_FD) };
+    let pipe = Arc::new(Mutex::new(unsafe { File::from_raw_fd(REPORT_FD) }));
     let control = Arc::new(Control::default());
     // Before there is another thread, since every thread inherits it.
     pause_on_sigterm(control.clone());
-    let mut reporter = Reporter::new(|report| {
-        let Ok(mut line) = serde_json::to_vec(&report) else { return };
-        line.push(b'\n');
-        // A runner that is gone closes standard input too, and that is what stops the task.
-        let _ = pipe.write_all(&line);
-    });
+    let mut reporter = Reporter::new(|report| write_report(&pipe, &report));
     let mut stdin = BufReader::new(std::io::stdin());
     let spec = match read_spec(&mut stdin) {
         Ok(spec) => spec,
@@ -127,7 +123,16 @@ pub fn run(ingest: Ingest) -> i32 {
     };
     let commands = control.clone();
     std::thread::spawn(move || follow(stdin, &commands));
+    let alive = pipe.clone();
+    std::thread::spawn(move || pulse::tell(|report| write_report(&alive, &report)));
     run_task(spec, &control, &mut reporter, ingest) as i32
+}
+
+fn write_report(pipe: &Mutex<File>, report: &Report) {
+    let Ok(mut line) = serde_json::to_vec(report) else { return };
+    line.push(b'\n');
+    // A runner that is gone closes standard input too, and that is what stops the task.
+    let _ = pipe.lock().unwrap_or_else(PoisonError::into_inner).write_all(&line);
 }
 
 /// SIGTERM is a pause: service managers send it to every process of a service, and what was trained is

@@ -330,6 +330,20 @@ async fn a_worker_or_a_database_that_stands_still_costs_nothing() {
     assert_eq!(attempts(&bench.completed(&job).await), (1, 0));
 }
 
+#[tokio::test]
+async fn a_worker_that_stands_still_for_too_long_is_replaced() {
+    let app = TestApp::builder().embedded().argument("--stall-seconds").argument("5").start().await;
+    let bench = Bench::on(app).await;
+    let (job, worker) = bench.midway().await;
+    let fault = Instant::now();
+    kill(worker, Signal::SIGSTOP).expect("it is ours");
+    bench.goes_on(&job, 2, fault).await;
+    assert!(!is_alive(worker));
+    let stalled = bench.event(&job, "worker.stalled").await;
+    assert!(text(&stalled["message"]).contains("no sign of life for 5 seconds"), "{stalled}");
+    assert_eq!(attempts(&bench.completed(&job).await), (2, 1));
+}
+
 /// What a client wants to be there once, repeated until it is.
 async fn insist(app: &TestApp, build: impl Fn(u32) -> reqwest::RequestBuilder) -> Value {
     let began = Instant::now();

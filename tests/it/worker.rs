@@ -8,7 +8,7 @@ use std::{
     sync::mpsc::{Receiver, RecvTimeoutError, channel},
 };
 
-use lathe_jobs::runner::child::{self, Bounds, Start};
+use lathe_jobs::child::{self, Bounds, Start};
 use lathe_model::{
     data::rows::{Row, Writer},
     protocol::{Exit, FailureCode, PROTOCOL_VERSION, Phase, REPORT_FD, Report, TaskResult},
@@ -102,13 +102,19 @@ impl Worker {
         let _ = writeln!(self.stdin.as_mut().expect("it was not closed"), "{line}");
     }
 
+    /// What it reports next, besides that it is alive.
     fn next(&mut self) -> Option<Report> {
-        let line = match self.reports.recv_timeout(PATIENCE) {
-            Ok(line) => line,
-            Err(RecvTimeoutError::Disconnected) => return None,
-            Err(RecvTimeoutError::Timeout) => panic!("the worker says nothing"),
-        };
-        Some(serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        loop {
+            let line = match self.reports.recv_timeout(PATIENCE) {
+                Ok(line) => line,
+                Err(RecvTimeoutError::Disconnected) => return None,
+                Err(RecvTimeoutError::Timeout) => panic!("the worker says nothing"),
+            };
+            match serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}")) {
+                Report::Alive { .. } => {}
+                report => return Some(report),
+            }
+        }
     }
 
     #[track_caller]

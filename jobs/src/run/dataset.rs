@@ -2,7 +2,10 @@
 
 use std::{fs, path::Path};
 
-use lathe_model::protocol::{FailureCode, Task};
+use lathe_model::{
+    failure,
+    protocol::{FailureCode, Task},
+};
 use sqlx::{Connection, PgPool};
 
 use super::{
@@ -10,9 +13,9 @@ use super::{
     ingest::{BadRow, FilesSource, IngestSpec, InputFile, MAX_KEPT_ERRORS, Source, TemplateSource},
 };
 use crate::{
+    context::Context,
     housekeeping,
     lease::{self, Claimed, LeaseError},
-    runner::{Context, failure},
     spec::DatasetSource,
     state::Kind,
 };
@@ -41,7 +44,7 @@ pub async fn task(context: &Context, source: DatasetSource, staging: &Path) -> R
     let max_bytes = disk.map_or(u64::MAX, |disk| disk.free_bytes.saturating_sub(context.config.disk_low_bytes));
     let max_ratio = context.config.decompression_ratio;
     let spec = IngestSpec { source, output: staging.join(FOLDER), max_bytes, max_ratio, max_line_bytes: 8 << 20 };
-    let spec = serde_json::to_value(spec).map_err(|error| failure(FailureCode::Internal, error.to_string(), false))?;
+    let spec = serde_json::to_value(spec).map_err(|error| failure::new(FailureCode::Internal, error.to_string()))?;
     Ok(Task::Ingest(spec))
 }
 

@@ -17,15 +17,20 @@ use std::{
     time::Duration,
 };
 
-use lathe_model::protocol::{Failure, FailureCode, PROTOCOL_VERSION, Task, TaskResult, WorkerSpec};
+use lathe_model::{
+    failure,
+    protocol::{Failure, FailureCode, PROTOCOL_VERSION, Task, TaskResult, WorkerSpec},
+};
 
 pub use dataset::note_bad_rows;
 
 use crate::{
     artifacts::Artifacts,
+    child::Bounds,
+    context::Context,
+    devices::Device,
     lease::{Claimed, Lease},
     publish::Product,
-    runner::{Context, child::Bounds, devices::Device, failure},
     spec::Spec,
 };
 
@@ -68,11 +73,7 @@ impl From<Failure> for PrepareError {
 /// Finds what a job needs and makes its staging folder, from which earlier attempts are swept.
 pub async fn prepare(context: &Context, claimed: &Claimed, device: &Device, staging: &Path) -> Result<Prepared, PrepareError> {
     let spec = Spec::read(claimed.spec.clone()).map_err(|error| {
-        failure(
-            FailureCode::Internal,
-            format!("This version of the runner does not read the job's specification: {error}"),
-            false,
-        )
+        failure::new(FailureCode::Internal, format!("This version of the runner does not read the job's specification: {error}"))
     })?;
     make_staging(staging.to_owned()).await?;
     let mut prepared = match spec {
@@ -126,7 +127,7 @@ async fn make_staging(staging: PathBuf) -> Result<(), Failure> {
     .await;
     match made {
         Ok(made) => made.map_err(lathe_model::failure::io),
-        Err(error) => Err(failure(FailureCode::Internal, error.to_string(), true)),
+        Err(error) => Err(failure::retryable(FailureCode::Internal, error.to_string())),
     }
 }
 
@@ -135,7 +136,7 @@ pub fn product(lease: &Lease, result: TaskResult, artifacts: &Artifacts) -> Resu
     let staging = artifacts.staging(&lease.job_id, lease.attempt);
     let inside = |folder: PathBuf| match folder.starts_with(&staging) && folder.is_dir() {
         true => Ok(folder),
-        false => Err(failure(FailureCode::Internal, "The worker's result is not where it must be.", true)),
+        false => Err(failure::retryable(FailureCode::Internal, "The worker's result is not where it must be.")),
     };
     let signed = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
     Ok(match result {
@@ -197,18 +198,16 @@ fn existing(context: &Context, key: &str) -> Result<PathBuf, Failure> {
     let path = context.artifacts.path(key);
     match path.exists() {
         true => Ok(path),
-        false => Err(failure(
+        false => Err(failure::new(
             FailureCode::DependencyFailed,
             format!("The artifact {key} is missing from the artifact folder of the runner."),
-            false,
         )),
     }
 }
 
 fn gone(what: &str, id: &str) -> Failure {
-    failure(
+    failure::new(
         FailureCode::DependencyFailed,
         format!("The {what} {id} that this job needs is not there any more. Create the job again with another one."),
-        false,
     )
 }

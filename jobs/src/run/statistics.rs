@@ -3,7 +3,7 @@
 use lathe_model::protocol::{StatisticsTask, Task};
 
 use super::{PrepareError, dataset_folder, tokenizer_folder};
-use crate::{lease::Claimed, runner::Context};
+use crate::{context::Context, lease::Claimed};
 
 pub async fn task(context: &Context, claimed: &Claimed) -> Result<Task, PrepareError> {
     Ok(Task::Statistics(StatisticsTask {

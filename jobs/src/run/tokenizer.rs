@@ -5,7 +5,7 @@ use std::path::Path;
 use lathe_model::protocol::{Task, TokenizerTask};
 
 use super::{PrepareError, dataset_folder, existing, gone};
-use crate::{lease::Claimed, runner::Context};
+use crate::{context::Context, lease::Claimed};
 
 /// Where the worker writes the tokenizer's folder.
 const FOLDER: &str = "tokenizer";

@@ -8,12 +8,7 @@ use lathe_model::{
 };
 
 use super::{PrepareError, Prepared, dataset_folder, existing, gone, prepared, tokenizer_folder};
-use crate::{
-    artifacts::SHARDS,
-    checkpoints,
-    lease::Claimed,
-    runner::{Context, devices::Device},
-};
+use crate::{artifacts::SHARDS, checkpoints, context::Context, devices::Device, lease::Claimed};
 
 pub async fn prepare(
     context: &Context,

@@ -51,6 +51,8 @@ struct State {
     /// One is being written.
     busy: bool,
     stored: usize,
+    /// Numbered so far.
+    events: u64,
     /// Something that a client waits for has come in.
     news: bool,
     last_write: Option<Instant>,
@@ -69,22 +71,28 @@ impl Outbox {
 
     /// Adds to the batch that is gathering; `news` is written without waiting a second.
     pub fn gather(&self, news: bool, change: impl FnOnce(&mut Batch)) {
-        let mut state = self.lock();
+        let mut guard = self.lock();
+        let state = &mut *guard;
         if !matches!(state.waiting.back(), Some(Write::Batch(_))) {
             state.waiting.push_back(Write::Batch(Batch::default()));
         }
         let size = match state.waiting.back_mut() {
             Some(Write::Batch(batch)) => {
+                let numbered = batch.events.len();
                 change(batch);
+                for event in &mut batch.events[numbered..] {
+                    state.events += 1;
+                    event.n = state.events;
+                }
                 batch.rows.len() + batch.events.len()
             }
             _ => 0,
         };
         if size >= BATCH_IN_MEMORY {
-            self.store(&mut state);
+            self.store(state);
         }
         state.news |= news;
-        drop(state);
+        drop(guard);
         self.changed.notify_waiters();
     }
 
@@ -212,9 +220,11 @@ fn drop_superseded(waiting: &mut VecDeque<Write>) {
 
 #[cfg(test)]
 mod tests {
-    use lathe_model::protocol::MetricRow;
+    use lathe_model::protocol::{Level, MetricRow};
+    use serde_json::json;
 
     use super::*;
+    use crate::metrics::Event;
 
     fn row(step: u64) -> MetricRow {
         MetricRow {
@@ -238,13 +248,23 @@ mod tests {
     async fn a_batch_that_was_put_back_comes_before_what_came_meanwhile() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let outbox = Outbox::new(folder.path());
-        outbox.gather(true, |batch| batch.metric(row(1)));
+        outbox.gather(true, |batch| {
+            batch.metric(row(1));
+            batch.events.push(Event::new(Level::Info, "first", "", json!({})));
+        });
         let Some(first) = outbox.next().await else { panic!("a batch waits") };
-        outbox.gather(false, |batch| batch.metric(row(2)));
+        outbox.gather(false, |batch| {
+            batch.metric(row(2));
+            batch.events.push(Event::new(Level::Info, "second", "", json!({})));
+        });
         outbox.put_back(first);
         outbox.close();
         match outbox.next().await {
-            Some(Write::Batch(batch)) => assert_eq!(batch.rows.keys().copied().collect::<Vec<_>>(), [1, 2]),
+            Some(Write::Batch(batch)) => {
+                assert_eq!(batch.rows.keys().copied().collect::<Vec<_>>(), [1, 2]);
+                let numbered: Vec<_> = batch.events.iter().map(|event| (event.n, event.code.as_str())).collect();
+                assert_eq!(numbered, [(1, "first"), (2, "second")]);
+            }
             other => panic!("{other:?}"),
         }
         outbox.done();

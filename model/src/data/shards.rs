@@ -23,7 +23,7 @@ use crate::{
     data::rows::{Dataset, Row},
     failure,
     protocol::{Failure, FailureCode},
-    template,
+    pulse, template,
     tokenizer::Tokenizer,
 };
 
@@ -198,6 +198,7 @@ fn make(folder: &Path, source: Source) -> Result<(), Failure> {
     let mut writer = Writer::create(folder, source.tokenizer.vocabulary(), tuning).map_err(failure::io)?;
     let mut first = 0;
     loop {
+        pulse::beat();
         let rows = dataset.slice(first, ROWS_AT_ONCE).map_err(failure::io)?;
         if rows.is_empty() {
             return writer.finish().map_err(failure::io);

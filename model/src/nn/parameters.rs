@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, ops::Range};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::random;
+use crate::{pulse, random};
 
 /// How a parameter starts.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -82,6 +82,7 @@ impl Parameters {
     /// # Panics
     /// If a name is taken: architectures name their own parameters.
     pub fn add_parts(&mut self, names: &[(String, i64)], inner: &[i64], padding: i64, init: Init) -> Tensor {
+        pulse::beat();
         let mut parts: Vec<Part> = Vec::with_capacity(names.len());
         for (name, rows) in names {
             assert!(!self.parts().any(|(part, _)| part.name == *name), "two parameters are named {name}");

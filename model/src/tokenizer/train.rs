@@ -14,7 +14,7 @@ use tokenizers::{
 };
 
 use super::{Alphabet, CONFIG_VERSION, Config, Error, Role, Roles, Tokenizer, write};
-use crate::data::rows::Dataset;
+use crate::{data::rows::Dataset, pulse};
 
 /// Ids reserved without a role, for what a later template may need.
 pub const SPARES: usize = 8;
@@ -94,6 +94,7 @@ fn feed(trainer: &mut BpeTrainer, dataset: &Path, pre_tokenizer: &PreTokenizerWr
         }
     });
     let fed = trainer.feed(documents, |document| {
+        pulse::beat();
         let mut text = PreTokenizedString::from(NormalizedString::from(document));
         pre_tokenizer.pre_tokenize(&mut text)?;
         let words = text.get_splits(OffsetReferential::Normalized, OffsetType::Byte).into_iter().map(|(word, _, _)| word);

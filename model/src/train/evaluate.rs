@@ -12,7 +12,7 @@ use crate::{
     data::batch::Batch,
     nn::AttentionPlan,
     protocol::{Phase, Report},
-    template,
+    pulse, template,
     worker::{Control, Reporter},
 };
 
@@ -71,6 +71,7 @@ pub fn sample(run: &Run, prompt: &str) -> String {
     let context = run.spec.model.context as usize;
     let asked = ids.len();
     while ids.len() < context && ids.len() < asked + SAMPLE_TOKENS {
+        pulse::beat();
         let tokens: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
         let tokens_bt = Tensor::from_slice(&tokens).unsqueeze(0).to_device(run.device);
         let positions_bt = Tensor::arange(ids.len() as i64, (Kind::Int64, run.device)).unsqueeze(0);

@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::Value;
 use tokio::process::Command;
 
-use super::child;
+use crate::child;
 
 /// How long the first question to a driver may take.
 const PROBE: Duration = Duration::from_secs(60);

@@ -9,8 +9,11 @@ use std::{
     ffi::OsString,
     fs::{self, File},
     io,
-    os::fd::{AsRawFd, OwnedFd},
-    path::PathBuf,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::process::ExitStatusExt,
+    },
+    path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     sync::{OnceLock, mpsc},
     time::Duration,
@@ -30,6 +33,8 @@ use tokio::{
     process::{ChildStdin, Command},
     sync::oneshot,
 };
+
+use crate::events;
 
 /// Longest report that is read; a longer line ends the reading.
 const MAX_REPORT_BYTES: usize = 64 << 20;
@@ -231,4 +236,35 @@ fn restrict(bounds: Bounds) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// How a child came to its end, in a sentence, with the last line of its log.
+pub fn crash_message(what: &str, status: io::Result<ExitStatus>, log: &Path) -> String {
+    let how = match status {
+        Ok(status) => match (status.code(), status.signal()) {
+            (_, Some(libc::SIGKILL)) => "was killed by signal 9, which is what happens when memory runs out".to_owned(),
+            (_, Some(libc::SIGXCPU)) => "used more processor time than a job of this kind may".to_owned(),
+            (_, Some(signal)) => format!("was ended by signal {signal}"),
+            (Some(code), None) => format!("ended with status {code} and no result"),
+            (None, None) => "ended".to_owned(),
+        },
+        Err(error) => format!("cannot be waited for ({error})"),
+    };
+    match last_line(log) {
+        Some(line) => format!("The {what} {how}. Its log ends with: {line}"),
+        None => format!("The {what} {how}."),
+    }
+}
+
+/// The end of a log, short enough for a message.
+fn last_line(log: &Path) -> Option<String> {
+    use std::io::{Read, Seek, SeekFrom};
+    let mut file = fs::File::open(log).ok()?;
+    let length = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(4096))).ok()?;
+    let mut tail = Vec::new();
+    file.read_to_end(&mut tail).ok()?;
+    let tail = String::from_utf8_lossy(&tail);
+    let line = tail.lines().rev().find(|line| !line.trim().is_empty())?;
+    Some(events::clean(&line.chars().take(300).collect::<String>()))
 }
