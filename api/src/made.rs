@@ -1,5 +1,32 @@
-//! What datasets and tokenizers have in common as rows that a job makes: how one is named in a request
-//! before it is ready, and how one is deleted. Macros, since checked SQL names its table.
+//! What datasets, tokenizers and models have in common as rows that a job makes: how they are listed, how
+//! one is named in a request before it is ready, and how one is deleted. Macros, since checked SQL names its
+//! table.
+
+/// A page of a project's rows, as `$object`s: `Result<Json<List<_>>, ApiError>`. `$select` is the file's
+/// macro of what a row is read from, `$limit` the items of a page that asks for no number.
+macro_rules! list_made {
+    ($select:ident in $table:literal as $object:ident, $state:expr, $project_id:expr, $query:expr, $limit:expr) => {{
+        let (state, query): (&crate::state::AppState, _) = ($state, $query);
+        let page = crate::page::Page::asked(query.limit.unwrap_or($limit), query.order, query.after, async |id| {
+            sqlx::query_scalar!("SELECT created_at FROM " + $table + " WHERE id = $1 AND project_id = $2", id, $project_id)
+                .fetch_optional(&state.db)
+                .await
+        })
+        .await?;
+        let rows = crate::page::fetch_page!(
+            @ [$select] []
+            &state.db,
+            &page,
+            "AND project_id = $4 AND ($5::text IS NULL OR state = $5) AND ($6::text IS NULL OR name = $6)",
+            $project_id,
+            query.state.map(crate::resource::StateName::as_str),
+            query.name,
+        )?;
+        let objects = rows.into_iter().map($object::from).collect();
+        Ok(axum::Json(crate::page::List::of(objects, &page, |object: &$object| &object.id)))
+    }};
+}
+pub(crate) use list_made;
 
 /// The job to wait for before the row can be used, if it is not ready: `Result<Option<String>, ApiError>`.
 /// Locks the row against deletion until the transaction ends, and against nothing weaker: whoever moves

@@ -133,8 +133,14 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
     if creates && let Some(parameters) = operation.entry("parameters").or_insert_with(|| json!([])).as_array_mut() {
         parameters.push(json!({"$ref": "#/components/parameters/Idempotency-Key"}));
     }
+    let generates = tagged(operation, &["generation"]);
     let Some(responses) = operation.get_mut("responses").and_then(Value::as_object_mut) else { return };
     let general = [
+        ("404", generates, "No such model."),
+        ("409", generates, "The model is not ready."),
+        ("429", generates, "The model's queue is full."),
+        ("503", generates, "The model is loading, or its engine failed."),
+        ("504", generates, "The answer took longer than the server allows."),
         ("400", !public, "Malformed or out of bounds; `param` says where."),
         ("401", !public, "No valid API key."),
         ("403", admin, "The key is not an admin's."),

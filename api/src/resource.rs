@@ -95,8 +95,8 @@ pub struct Deleted {
 pub struct ListQuery {
     /// Id of the last item of the page before.
     pub after: Option<String>,
-    /// Items a page. Default: 20.
-    #[param(minimum = 1, maximum = 100)]
+    /// Items a page.
+    #[param(minimum = 1, maximum = 100, default = 20)]
     pub limit: Option<i64>,
     #[param(inline)]
     pub order: Option<Order>,

@@ -14,10 +14,7 @@ use utoipa::{
 };
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::generation_common::{
-    Envelope, SamplingFields, Shape, StopStrings, StreamOptions, Streamed, Usage, answer, check_stream_options, finish_name,
-    stop_strings,
-};
+use super::generation_common::{Asked, Envelope, Shape, Usage, answer, finish_name, generation_request};
 use crate::{
     auth::Project,
     generation::{self, Ended, Piece, Prompt, Settings, Step, models::Model, text::Spoken},
@@ -30,50 +27,23 @@ pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(create_chat_completion))
 }
 
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-#[schema(example = json!({"model": "model-…", "messages": [{"role": "user", "content": "Count one up from 3761."}], "temperature": 0}))]
-pub struct CreateChatCompletion {
-    /// Id of a model with a chat template.
-    pub model: String,
-    #[schema(min_items = 1, max_items = 1024)]
-    pub messages: Vec<Message>,
-    /// Superseded by `max_completion_tokens`.
-    #[serde(default)]
-    #[schema(minimum = 1, maximum = 1048576)]
-    pub max_tokens: Option<i64>,
-    /// Default: what the context leaves.
-    #[serde(default)]
-    #[schema(minimum = 1, maximum = 1048576)]
-    pub max_completion_tokens: Option<i64>,
-    #[serde(default)]
-    #[schema(minimum = 0.0, maximum = 2.0)]
-    pub temperature: Option<f64>,
-    #[serde(default)]
-    #[schema(minimum = 0.0, maximum = 1.0)]
-    pub top_p: Option<f64>,
-    /// Only the k most probable tokens are drawn from; 0: all.
-    #[serde(default)]
-    #[schema(minimum = 0, maximum = 1048576)]
-    pub top_k: Option<i64>,
-    /// Same seed, same prompt, same answer.
-    #[serde(default)]
-    #[schema(minimum = -9223372036854775808i64, maximum = 9223372036854775807i64)]
-    pub seed: Option<i64>,
-    #[serde(default)]
-    #[schema(minimum = 1, maximum = 16)]
-    pub n: Option<u32>,
-    #[serde(default)]
-    pub stop: Option<StopStrings>,
-    #[serde(default)]
-    pub stream: Option<bool>,
-    #[serde(default)]
-    pub stream_options: Option<StreamOptions>,
-    #[serde(default)]
-    pub logprobs: Option<bool>,
-    #[serde(default)]
-    #[schema(minimum = 0, maximum = 20)]
-    pub top_logprobs: Option<i64>,
+generation_request! {
+    #[schema(example = json!({"model": "model-…", "messages": [{"role": "user", "content": "Count one up from 3761."}], "temperature": 0}))]
+    CreateChatCompletion {
+        /// Id of a model with a chat template.
+        model: String,
+        #[schema(min_items = 1, max_items = 1024)]
+        messages: Vec<Message>,
+        /// Superseded by `max_completion_tokens`.
+        #[schema(minimum = 1, maximum = 1048576)]
+        max_tokens: Option<i64>,
+        /// Default: what the context leaves.
+        #[schema(minimum = 1, maximum = 1048576)]
+        max_completion_tokens: Option<i64>,
+        logprobs: Option<bool>,
+        #[schema(minimum = 0, maximum = 20)]
+        top_logprobs: Option<i64>,
+    }
 }
 
 #[derive(Debug, Deserialize, ToSchema)]
@@ -223,11 +193,6 @@ pub struct ChatDelta {
     responses(
         (status = 200, description = "The answer", content((ChatCompletion = "application/json"), (ChatCompletionChunk = "text/event-stream"))),
         (status = 400, description = "Malformed, out of bounds, longer than the context, or `no_chat_template`"),
-        (status = 404, description = "No such model"),
-        (status = 409, description = "The model is not ready"),
-        (status = 429, description = "The model's queue is full"),
-        (status = 503, description = "The model is loading, or its engine failed"),
-        (status = 504, description = "The answer took longer than the server allows"),
     )
 )]
 async fn create_chat_completion(
@@ -238,14 +203,12 @@ async fn create_chat_completion(
     let settings = settings(&mut request)?;
     let turns = conversation(&request.messages)?;
     let model = generation::models::ready_model(&state, &project.project_id, &request.model).await?;
-    let prompts = [prompt(&model, turns).await?];
+    let prompts = vec![prompt(&model, turns).await?];
     let shape = ChatShape {
         envelope: Envelope::new("chatcmpl", &model, &prompts, request.stream_options),
         logprobs: request.logprobs.unwrap_or(false),
     };
-    let streamed = Streamed::wanted(request.stream, &state);
-    let started = async move { generation::start(&state, &model, &prompts, &settings).await };
-    answer(started, streamed, shape).await
+    answer(state, Asked { model, prompts, settings }, request.stream, shape).await
 }
 
 fn settings(request: &mut CreateChatCompletion) -> Result<Settings, ApiError> {
@@ -256,16 +219,8 @@ fn settings(request: &mut CreateChatCompletion) -> Result<Settings, ApiError> {
     if request.max_tokens.is_some() && request.max_completion_tokens.is_some() {
         return refuse("max_tokens", "Give `max_tokens` or `max_completion_tokens`, not both.");
     }
-    check_stream_options(request.stream, request.stream_options)?;
-    let fields = SamplingFields {
-        temperature: request.temperature,
-        top_p: request.top_p,
-        top_k: request.top_k,
-        seed: request.seed,
-        max_tokens: request.max_completion_tokens.or(request.max_tokens).unwrap_or(i64::MAX),
-        logprobs: (request.logprobs == Some(true)).then(|| request.top_logprobs.unwrap_or(0)),
-    };
-    Ok(Settings { sampling: fields.into(), stop: stop_strings(request.stop.take()), n: request.n.unwrap_or(1) })
+    let max_tokens = request.max_completion_tokens.or(request.max_tokens).unwrap_or(i64::MAX);
+    request.settings(max_tokens, (request.logprobs == Some(true)).then(|| request.top_logprobs.unwrap_or(0)))
 }
 
 /// What the template takes: a system text, closed turns, the open instruction.

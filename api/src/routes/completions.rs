@@ -7,11 +7,10 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::generation_common::{
-    Envelope, SamplingFields, Shape, StopStrings, StreamOptions, Streamed, Usage, answer, check_stream_options, finish_name,
-    stop_strings,
+use super::{
+    generation_common::{Asked, Envelope, Shape, Usage, answer, finish_name, generation_request},
+    tokenizers::TokenId,
 };
-use super::tokenizers::TokenId;
 use crate::{
     auth::Project,
     generation::{self, Ended, Piece, Prompt, Settings, Step, models::Model, text::Spoken},
@@ -24,45 +23,20 @@ pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(create_completion))
 }
 
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-#[schema(example = json!({"model": "model-…", "prompt": "ROMEO:", "max_tokens": 64, "temperature": 0.8, "seed": 1}))]
-pub struct CreateCompletion {
-    pub model: String,
-    pub prompt: PromptField,
-    /// Default 16. 0 is allowed with `echo`.
-    #[serde(default)]
-    #[schema(minimum = 0, maximum = 1048576)]
-    pub max_tokens: Option<i64>,
-    #[serde(default)]
-    #[schema(minimum = 0.0, maximum = 2.0)]
-    pub temperature: Option<f64>,
-    #[serde(default)]
-    #[schema(minimum = 0.0, maximum = 1.0)]
-    pub top_p: Option<f64>,
-    /// Only the k most probable tokens are drawn from; 0: all.
-    #[serde(default)]
-    #[schema(minimum = 0, maximum = 1048576)]
-    pub top_k: Option<i64>,
-    #[serde(default)]
-    #[schema(minimum = -9223372036854775808i64, maximum = 9223372036854775807i64)]
-    pub seed: Option<i64>,
-    #[serde(default)]
-    #[schema(minimum = 1, maximum = 16)]
-    pub n: Option<u32>,
-    #[serde(default)]
-    pub stop: Option<StopStrings>,
-    #[serde(default)]
-    pub stream: Option<bool>,
-    #[serde(default)]
-    pub stream_options: Option<StreamOptions>,
-    /// Alternatives to report for each token.
-    #[serde(default)]
-    #[schema(minimum = 0, maximum = 5)]
-    pub logprobs: Option<i64>,
-    /// Repeat the prompt before the answer, its tokens among the `logprobs`.
-    #[serde(default)]
-    pub echo: Option<bool>,
+generation_request! {
+    #[schema(example = json!({"model": "model-…", "prompt": "ROMEO:", "max_tokens": 64, "temperature": 0.8, "seed": 1}))]
+    CreateCompletion {
+        model: String,
+        prompt: PromptField,
+        /// Default 16. 0 is allowed with `echo`.
+        #[schema(minimum = 0, maximum = 1048576)]
+        max_tokens: Option<i64>,
+        /// Alternatives to report for each token.
+        #[schema(minimum = 0, maximum = 5)]
+        logprobs: Option<i64>,
+        /// Repeat the prompt before the answer, its tokens among the `logprobs`.
+        echo: Option<bool>,
+    }
 }
 
 /// A text, texts, token ids, or lists of token ids.
@@ -135,11 +109,6 @@ pub struct CompletionLogprobs {
     responses(
         (status = 200, description = "The continuation", content((Completion = "application/json"), (Completion = "text/event-stream"))),
         (status = 400, description = "Malformed, out of bounds, or longer than the context"),
-        (status = 404, description = "No such model"),
-        (status = 409, description = "The model is not ready"),
-        (status = 429, description = "The model's queue is full"),
-        (status = 503, description = "The model is loading, or its engine failed"),
-        (status = 504, description = "The answer took longer than the server allows"),
     )
 )]
 async fn create_completion(
@@ -158,13 +127,10 @@ async fn create_completion(
         echoed,
         n: settings.n as usize,
     };
-    let streamed = Streamed::wanted(request.stream, &state);
-    let started = async move { generation::start(&state, &model, &prompts, &settings).await };
-    answer(started, streamed, shape).await
+    answer(state, Asked { model, prompts, settings }, request.stream, shape).await
 }
 
 fn settings(request: &mut CreateCompletion) -> Result<Settings, ApiError> {
-    check_stream_options(request.stream, request.stream_options)?;
     if request.max_tokens == Some(0) && request.echo != Some(true) {
         return Err(ApiError::unprocessable(
             "contradiction",
@@ -172,15 +138,7 @@ fn settings(request: &mut CreateCompletion) -> Result<Settings, ApiError> {
             "`max_tokens: 0` needs `echo: true`: nothing would be answered.",
         ));
     }
-    let fields = SamplingFields {
-        temperature: request.temperature,
-        top_p: request.top_p,
-        top_k: request.top_k,
-        seed: request.seed,
-        max_tokens: request.max_tokens.unwrap_or(16),
-        logprobs: request.logprobs,
-    };
-    Ok(Settings { sampling: fields.into(), stop: stop_strings(request.stop.take()), n: request.n.unwrap_or(1) })
+    request.settings(request.max_tokens.unwrap_or(16), request.logprobs)
 }
 
 async fn prompts(model: &Arc<Model>, prompt: PromptField, score: bool) -> Result<Vec<Prompt>, ApiError> {

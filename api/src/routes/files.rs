@@ -27,6 +27,7 @@ use crate::{
     page::{List, Order, Page, fetch_page},
     parse::{self, Path, Query},
     problem::ApiError,
+    resource::{self, Deleted},
     state::AppState,
 };
 
@@ -195,17 +196,6 @@ pub(super) async fn insert_file(conn: &mut PgConnection, file: NewFile<'_>) -> R
     .await
 }
 
-/// Removes an artifact on a thread that may block; what stays is swept by housekeeping.
-pub(super) async fn remove_artifact(state: &AppState, key: String) {
-    let artifacts = state.artifacts.clone();
-    let removed = tokio::task::spawn_blocking(move || artifacts.remove(&key)).await;
-    match removed {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::warn!(%error, "an artifact could not be removed"),
-        Err(error) => tracing::warn!(%error, "an artifact could not be removed"),
-    }
-}
-
 /// Upload a file
 ///
 /// Streamed to disk; at most 8 GiB unless configured otherwise. For more than that connection can
@@ -244,7 +234,7 @@ async fn create_file(
     let registered = register(&state.db, &creation, file, retried).await;
     let has_row = registered.as_ref().map_or_else(ApiError::may_have_taken_effect, |file| file.id == id);
     if !has_row {
-        remove_artifact(&state, artifact_key(&id)).await;
+        resource::remove_artifacts(&state, vec![artifact_key(&id)]).await;
     }
     registered.map(Json)
 }
@@ -367,27 +357,14 @@ async fn get_file(State(state): State<AppState>, caller: Project, Path(id): Path
     Ok(Json(find_file(&state.db, &caller.project_id, &id).await?.into()))
 }
 
-#[derive(Debug, Serialize, ToSchema)]
-#[schema(example = json!({"id": "file-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "file", "deleted": true}))]
-pub struct DeletedFile {
-    id: String,
-    #[schema(examples("file"))]
-    object: &'static str,
-    deleted: bool,
-}
-
 /// Delete a file
 ///
 /// Refused while a dataset or tokenizer that is still being made needs it.
 #[utoipa::path(
     delete, path = "/v1/files/{file_id}", operation_id = "delete_file", tag = "files", params(("file_id" = String, Path)),
-    responses((status = 200, description = "Deleted", body = DeletedFile), (status = 409, description = "Something unfinished needs it; the message names what"))
+    responses((status = 200, description = "Deleted", body = Deleted), (status = 409, description = "Something unfinished needs it; the message names what"))
 )]
-async fn delete_file(
-    State(state): State<AppState>,
-    caller: Project,
-    Path(id): Path<String>,
-) -> Result<Json<DeletedFile>, ApiError> {
+async fn delete_file(State(state): State<AppState>, caller: Project, Path(id): Path<String>) -> Result<Json<Deleted>, ApiError> {
     let mut transaction = state.db.begin().await?;
     // The lock waits for, and then shuts out, whoever is about to refer to the file.
     let artifact = sqlx::query_scalar!(
@@ -408,14 +385,11 @@ async fn delete_file(
     )
     .fetch_all(&mut *transaction)
     .await?;
-    if !users.is_empty() {
-        return Err(ApiError::conflict(format!("The file `{id}` is needed by {} until they are finished.", users.join(", ")))
-            .with_code("in_use"));
-    }
+    resource::refuse_users("file", &id, &users)?;
     sqlx::query!("UPDATE files SET deleted_at = now() WHERE id = $1", id).execute(&mut *transaction).await?;
     transaction.commit().await?;
-    remove_artifact(&state, artifact).await;
-    Ok(Json(DeletedFile { id, object: "file", deleted: true }))
+    resource::remove_artifacts(&state, vec![artifact]).await;
+    Ok(Json(Deleted { id, object: "file", deleted: true }))
 }
 
 /// Get a file's content

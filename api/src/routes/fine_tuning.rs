@@ -16,14 +16,14 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use self::shapes::{
     CreateFineTuningJob, FineTuningCheckpointObject, FineTuningEventObject, FineTuningHyperparameters, FineTuningJobObject,
-    ListCheckpoints, ListEvents, ListFineTuningJobs,
+    ListCheckpoints, ListEvents,
 };
-use super::training::{self, JobRow, control::Action, create, select_jobs};
+use super::training::{self, JobRow, ListTrainingJobs, control::Action, create, outputs::CheckpointsPage, select_jobs};
 use crate::{
     auth::Project,
     idempotency::Creation,
     metadata::Metadata,
-    page::{List, Page, fetch_page},
+    page::{List, Page},
     parse::{Body, NoBody, Path, Query},
     problem::ApiError,
     routes::datasets::NewDataset,
@@ -136,33 +136,15 @@ async fn find(conn: &mut PgConnection, project_id: &str, id: &str) -> Result<Job
 
 /// List fine-tuning jobs
 #[utoipa::path(
-    get, path = "/v1/fine_tuning/jobs", operation_id = "list_fine_tuning_jobs", tag = "fine-tuning", params(ListFineTuningJobs),
+    get, path = "/v1/fine_tuning/jobs", operation_id = "list_fine_tuning_jobs", tag = "fine-tuning", params(ListTrainingJobs),
     responses((status = 200, description = "A page", body = List<FineTuningJobObject>))
 )]
 async fn list_fine_tuning_jobs(
     State(state): State<AppState>,
     project: Project,
-    Query(query): Query<ListFineTuningJobs>,
+    Query(query): Query<ListTrainingJobs>,
 ) -> Result<Json<List<FineTuningJobObject>>, ApiError> {
-    let page = Page::asked(query.limit.unwrap_or(20), query.order, query.after, async |id| {
-        sqlx::query_scalar!(
-            "SELECT created_at FROM jobs WHERE id = $1 AND project_id = $2 AND kind = 'train' AND base_model_id IS NOT NULL",
-            id,
-            project.project_id
-        )
-        .fetch_optional(&state.db)
-        .await
-    })
-    .await?;
-    let rows = fetch_page!(
-        @ [select_jobs] []
-        &state.db,
-        &page,
-        "AND j.project_id = $4 AND j.base_model_id IS NOT NULL AND ($5::text IS NULL OR j.state = $5) AND ($6::text IS NULL OR j.name = $6)",
-        project.project_id,
-        query.state.map(|state| state.state().as_str()),
-        query.name,
-    )?;
+    let (page, rows) = training::page(&state, &project.project_id, query, true).await?;
     let jobs = rows.into_iter().map(|row| FineTuningJobObject::new(row, &project.project_id));
     Ok(Json(List::of(jobs.collect(), &page, |job| &job.id)))
 }
@@ -286,19 +268,8 @@ async fn list_fine_tuning_checkpoints(
 ) -> Result<Json<List<FineTuningCheckpointObject>>, ApiError> {
     let mut conn = state.db.acquire().await?;
     let job = find(&mut conn, &project.project_id, &id).await?;
-    let page = Page::asked(query.limit.unwrap_or(10), None, query.after, async |after| {
-        sqlx::query_scalar!("SELECT created_at FROM checkpoints WHERE id = $1 AND job_id = $2", after, id)
-            .fetch_optional(&mut *conn)
-            .await
-    })
-    .await?;
-    let rows = fetch_page!(
-        shapes::CheckpointRow,
-        &mut *conn,
-        &page,
-        "SELECT id, step, loss, validation_loss, created_at FROM checkpoints WHERE job_id = $4",
-        id,
-    )?;
+    let page = CheckpointsPage { limit: query.limit.unwrap_or(10), order: None, after: query.after };
+    let (page, rows) = page.of(&mut conn, &id).await?;
     let model = job.model_id.unwrap_or_default();
     Ok(Json(List::of(
         rows.into_iter().map(|row| FineTuningCheckpointObject::new(&id, &model, row)).collect(),

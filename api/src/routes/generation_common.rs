@@ -10,12 +10,11 @@ use axum::{
     },
 };
 use futures_util::{Stream, StreamExt, TryFutureExt};
-use lathe_model::config::Sampling;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::{
-    generation::{self, Choice, Ended, Prompt, Step, models::Model, wire::FinishReason},
+    generation::{self, Ended, Prompt, Settings, Step, models::Model, wire::FinishReason},
     problem::ApiError,
     state::AppState,
 };
@@ -36,13 +35,14 @@ pub struct StopString(String);
 #[schema(max_items = 4)]
 pub struct StopList(Vec<StopString>);
 
-pub fn stop_strings(stop: Option<StopStrings>) -> Vec<String> {
-    let strings = match stop {
-        None => Vec::new(),
-        Some(StopStrings::One(one)) => vec![one],
-        Some(StopStrings::Several(several)) => several.0,
-    };
-    strings.into_iter().map(|stop| stop.0).collect()
+impl StopStrings {
+    pub fn into_strings(self) -> Vec<String> {
+        let strings = match self {
+            StopStrings::One(one) => vec![one],
+            StopStrings::Several(several) => several.0,
+        };
+        strings.into_iter().map(|stop| stop.0).collect()
+    }
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
@@ -60,37 +60,61 @@ pub struct Usage {
     pub total_tokens: usize,
 }
 
-/// Sampling as a request gives it, its bounds already held against the schema.
-pub struct SamplingFields {
-    pub temperature: Option<f64>,
-    pub top_p: Option<f64>,
-    pub top_k: Option<i64>,
-    pub seed: Option<i64>,
-    pub max_tokens: i64,
-    pub logprobs: Option<i64>,
-}
-
-impl From<SamplingFields> for Sampling {
-    fn from(fields: SamplingFields) -> Sampling {
-        Sampling {
-            temperature: fields.temperature.unwrap_or(1.0),
-            top_p: fields.top_p.unwrap_or(1.0),
-            top_k: fields.top_k.unwrap_or(0),
-            // Any 64 bits will do for a seed, so a negative one keeps its bits.
-            seed: fields.seed.map_or_else(rand::random, |seed| seed.cast_unsigned()),
-            max_tokens: fields.max_tokens,
-            logprobs: fields.logprobs,
+/// A request: the fields of its route, then those that every generation has, with their bounds and their meaning.
+macro_rules! generation_request {
+    ($(#[$meta:meta])* $name:ident { $($(#[$field_meta:meta])* $field:ident: $type:ty,)+ }) => {
+        #[derive(Debug, serde::Deserialize, utoipa::ToSchema)]
+        #[serde(deny_unknown_fields)]
+        $(#[$meta])*
+        pub struct $name {
+            $($(#[$field_meta])* pub $field: $type,)+
+            #[schema(minimum = 0.0, maximum = 2.0)]
+            pub temperature: Option<f64>,
+            #[schema(minimum = 0.0, maximum = 1.0)]
+            pub top_p: Option<f64>,
+            /// Only the k most probable tokens are drawn from; 0: all.
+            #[schema(minimum = 0, maximum = 1048576)]
+            pub top_k: Option<i64>,
+            /// Same seed, same prompt, same answer.
+            #[schema(minimum = -9223372036854775808i64, maximum = 9223372036854775807i64)]
+            pub seed: Option<i64>,
+            #[schema(minimum = 1, maximum = 16)]
+            pub n: Option<u32>,
+            pub stop: Option<crate::routes::generation_common::StopStrings>,
+            pub stream: Option<bool>,
+            pub stream_options: Option<crate::routes::generation_common::StreamOptions>,
         }
-    }
-}
 
-/// 422 where `stream_options` stands without `stream`.
-pub fn check_stream_options(stream: Option<bool>, options: Option<StreamOptions>) -> Result<(), ApiError> {
-    if options.is_some() && stream != Some(true) {
-        return Err(ApiError::unprocessable("contradiction", "stream_options", "`stream_options` needs `stream: true`."));
-    }
-    Ok(())
+        impl $name {
+            /// With what the route has its own words for: at most so many tokens, so many alternatives of
+            /// each. 422 where `stream_options` stands without `stream`.
+            fn settings(
+                &mut self,
+                max_tokens: i64,
+                logprobs: Option<i64>,
+            ) -> Result<crate::generation::Settings, crate::problem::ApiError> {
+                if self.stream_options.is_some() && self.stream != Some(true) {
+                    let message = "`stream_options` needs `stream: true`.";
+                    return Err(crate::problem::ApiError::unprocessable("contradiction", "stream_options", message));
+                }
+                Ok(crate::generation::Settings {
+                    sampling: lathe_model::config::Sampling {
+                        temperature: self.temperature.unwrap_or(1.0),
+                        top_p: self.top_p.unwrap_or(1.0),
+                        top_k: self.top_k.unwrap_or(0),
+                        // Any 64 bits will do for a seed, so a negative one keeps its bits.
+                        seed: self.seed.map_or_else(rand::random, |seed| seed.cast_unsigned()),
+                        max_tokens,
+                        logprobs,
+                    },
+                    stop: self.stop.take().map(|stop| stop.into_strings()).unwrap_or_default(),
+                    n: self.n.unwrap_or(1),
+                })
+            }
+        }
+    };
 }
+pub(super) use generation_request;
 
 pub fn finish_name(reason: FinishReason) -> &'static str {
     match reason {
@@ -133,18 +157,6 @@ impl Envelope {
     }
 }
 
-/// That an answer is to be a stream, and how often comments break its silence.
-#[derive(Clone, Copy)]
-pub struct Streamed {
-    pub comments: Duration,
-}
-
-impl Streamed {
-    pub fn wanted(stream: Option<bool>, state: &AppState) -> Option<Streamed> {
-        (stream == Some(true)).then_some(Streamed { comments: state.config.stream_comments })
-    }
-}
-
 /// How a route shapes what was generated.
 pub trait Shape: Send + 'static {
     type Whole: Serialize;
@@ -156,19 +168,23 @@ pub trait Shape: Send + 'static {
     fn chunk(&mut self, step: Step) -> Option<Self::Chunk>;
 }
 
-/// Answers with what `started` begins, whole or as a stream. While the model loads, comments keep a
-/// stream's connection alive.
+/// What is asked of a model.
+pub struct Asked {
+    pub model: Arc<Model>,
+    pub prompts: Vec<Prompt>,
+    pub settings: Settings,
+}
+
+/// Answers whole or as a stream. While the model loads, comments keep a stream's connection alive.
 ///
 /// # Errors
-/// Those of `started` and of the engine; once a stream is under way they are its last event.
-pub async fn answer(
-    started: impl Future<Output = Result<Vec<Choice>, ApiError>> + Send + 'static,
-    streamed: Option<Streamed>,
-    mut shape: impl Shape,
-) -> Result<Response, ApiError> {
-    let Some(streamed) = streamed else {
+/// Those of [`generation::start`] and of the engine; once a stream is under way they are its last event.
+pub async fn answer(state: AppState, asked: Asked, stream: Option<bool>, mut shape: impl Shape) -> Result<Response, ApiError> {
+    let comments = state.config.stream_comments;
+    let started = async move { generation::start(&state, &asked.model, &asked.prompts, &asked.settings).await };
+    if stream != Some(true) {
         return Ok(Json(shape.whole(generation::collect(started.await?).await?)).into_response());
-    };
+    }
     let mut started = Box::pin(started);
     let steps = match tokio::time::timeout(PLAIN_REFUSAL, &mut started).await {
         Ok(choices) => generation::steps(choices?).left_stream(),
@@ -181,7 +197,7 @@ pub async fn answer(
         };
         std::future::ready(chunk)
     });
-    Ok(Sse::new(ended(chunks)).keep_alive(KeepAlive::new().interval(streamed.comments)).into_response())
+    Ok(Sse::new(ended(chunks)).keep_alive(KeepAlive::new().interval(comments)).into_response())
 }
 
 /// How long a stream's refusal may still be a plain HTTP status; later it is an event.

@@ -14,11 +14,12 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     auth::Project,
+    made::list_made,
     metadata::Metadata,
-    page::{List, Order, Page, fetch_page},
+    page::{List, Order},
     parse::{Path, Query},
     problem::ApiError,
-    resource::{self, FailureDetail, StateName},
+    resource::{self, Deleted, FailureDetail, StateName},
     state::AppState,
 };
 
@@ -71,15 +72,6 @@ pub struct Lineage {
     pub hyperparameters: Option<Value>,
 }
 
-#[derive(Serialize, ToSchema)]
-#[schema(example = json!({"id": "model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "model", "deleted": true}))]
-pub struct ModelDeleted {
-    pub id: String,
-    #[schema(example = "model")]
-    pub object: &'static str,
-    pub deleted: bool,
-}
-
 struct Row {
     id: String,
     project_id: String,
@@ -129,21 +121,23 @@ impl From<Row> for ModelObject {
     }
 }
 
+/// `query_as!` of models that are not deleted; `$tail` goes on with `AND …`.
+macro_rules! select_models {
+    ($tail:literal $(+ $more:literal)* $(, $argument:expr)* $(,)?) => {
+        sqlx::query_as!(
+            Row,
+            r#"SELECT id, project_id, name, state AS "state: ResourceState", error, parameters, weights_sha256, template, config,
+                      job_id, base_model_id, dataset_id, tokenizer_id,
+                      coalesce((SELECT added_roles FROM tokenizers t WHERE t.id = models.tokenizer_id), '{}') AS "added_roles!", code_version,
+                      (SELECT j.spec -> 'train' FROM jobs j WHERE j.id = models.job_id) AS hyperparameters, metadata, created_at
+               FROM models WHERE deleted_at IS NULL "# + $tail $(+ $more)*
+            $(, $argument)*
+        )
+    };
+}
+
 async fn find(db: &PgPool, project_id: &str, id: &str) -> Result<Row, ApiError> {
-    sqlx::query_as!(
-        Row,
-        r#"SELECT m.id, m.project_id, m.name, m.state AS "state: ResourceState", m.error, m.parameters, m.weights_sha256, m.template, m.config,
-                  m.job_id, m.base_model_id, m.dataset_id, m.tokenizer_id,
-                  coalesce((SELECT added_roles FROM tokenizers t WHERE t.id = m.tokenizer_id), '{}') AS "added_roles!",
-                  m.code_version, j.spec -> 'train' AS hyperparameters, m.metadata,
-                  m.created_at
-           FROM models m JOIN jobs j ON j.id = m.job_id WHERE m.id = $1 AND m.project_id = $2 AND m.deleted_at IS NULL"#,
-        id,
-        project_id,
-    )
-    .fetch_optional(db)
-    .await?
-    .ok_or_else(|| no_model(id))
+    select_models!("AND id = $1 AND project_id = $2", id, project_id).fetch_optional(db).await?.ok_or_else(|| no_model(id))
 }
 
 fn no_model(id: &str) -> ApiError {
@@ -177,27 +171,7 @@ async fn list_models(
     project: Project,
     Query(query): Query<ListModels>,
 ) -> Result<Json<List<ModelObject>>, ApiError> {
-    let page = Page::asked(query.limit.unwrap_or(10_000), query.order, query.after, async |id| {
-        sqlx::query_scalar!("SELECT created_at FROM models WHERE id = $1 AND project_id = $2", id, project.project_id)
-            .fetch_optional(&state.db)
-            .await
-    })
-    .await?;
-    let rows = fetch_page!(
-        Row,
-        &state.db,
-        &page,
-        r#"SELECT id, project_id, name, state AS "state: ResourceState", error, parameters, weights_sha256, template, config,
-                  job_id, base_model_id, dataset_id, tokenizer_id,
-                  coalesce((SELECT added_roles FROM tokenizers t WHERE t.id = models.tokenizer_id), '{}') AS "added_roles!", code_version,
-                  (SELECT j.spec -> 'train' FROM jobs j WHERE j.id = models.job_id) AS hyperparameters, metadata, created_at
-           FROM models
-           WHERE project_id = $4 AND deleted_at IS NULL AND ($5::text IS NULL OR state = $5) AND ($6::text IS NULL OR name = $6)"#,
-        project.project_id,
-        query.state.map(StateName::as_str),
-        query.name,
-    )?;
-    Ok(Json(List::of(rows.into_iter().map(ModelObject::from).collect(), &page, |model| &model.id)))
+    list_made!(select_models in "models" as ModelObject, &state, project.project_id, query, 10_000)
 }
 
 /// The model of that id, or that of the checkpoint of that name.
@@ -260,7 +234,7 @@ async fn not_deletable(state: &AppState, project_id: &str, id: &str) -> ApiError
     delete, path = "/v1/models/{model}", operation_id = "delete_model", tag = "models",
     params(("model" = String, Path, description = "The model's id")),
     responses(
-        (status = 200, body = ModelDeleted),
+        (status = 200, body = Deleted),
         (status = 404, description = "No such model"),
         (status = 409, description = "Something unfinished needs it, which the message names; or it is a checkpoint"),
     )
@@ -269,7 +243,7 @@ async fn delete_model(
     State(state): State<AppState>,
     project: Project,
     Path(id): Path<String>,
-) -> Result<Json<ModelDeleted>, ApiError> {
+) -> Result<Json<Deleted>, ApiError> {
     let mut transaction = state.db.begin().await?;
     let row = sqlx::query!(
         "SELECT artifact FROM models WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL FOR UPDATE",
@@ -286,10 +260,7 @@ async fn delete_model(
     )
     .fetch_all(&mut *transaction)
     .await?;
-    if !users.is_empty() {
-        let message = format!("The model '{id}' is needed by unfinished jobs: {}. Cancel them first.", users.join(", "));
-        return Err(ApiError::conflict(message).with_code("in_use"));
-    }
+    resource::refuse_users("model", &id, &users)?;
     sqlx::query!("UPDATE models SET deleted_at = now(), artifact = NULL WHERE id = $1", id).execute(&mut *transaction).await?;
     let replicas = sqlx::query_scalar!(
         "UPDATE replicas SET state = CASE WHEN state = 'queued' THEN 'stopped' ELSE 'stopping' END,
@@ -304,5 +275,5 @@ async fn delete_model(
     }
     transaction.commit().await?;
     resource::remove_artifacts(&state, row.artifact.into_iter().collect()).await;
-    Ok(Json(ModelDeleted { id, object: "model", deleted: true }))
+    Ok(Json(Deleted { id, object: "model", deleted: true }))
 }

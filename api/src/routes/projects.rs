@@ -16,6 +16,7 @@ use crate::{
     page::{List, Order, Page, fetch_page},
     parse::{Body, OptionalBody, Path, Query},
     problem::ApiError,
+    resource::Deleted,
     state::AppState,
 };
 
@@ -283,28 +284,19 @@ async fn list_keys(
     Ok(Json(List::of(keys.collect(), &page, |key| &key.id)))
 }
 
-#[derive(Debug, Serialize, ToSchema)]
-#[schema(example = json!({"id": "key_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "project.key.deleted", "deleted": true}))]
-pub struct DeletedKey {
-    id: String,
-    #[schema(examples("project.key.deleted"))]
-    object: &'static str,
-    deleted: bool,
-}
-
 /// Revoke a key
 ///
 /// It stops working within two seconds. Revoking twice is revoking.
 #[utoipa::path(
     delete, path = "/v1/projects/{project_id}/keys/{key_id}", operation_id = "delete_key", tag = "projects",
     params(("project_id" = String, Path), ("key_id" = String, Path)),
-    responses((status = 200, description = "Revoked", body = DeletedKey))
+    responses((status = 200, description = "Revoked", body = Deleted))
 )]
 async fn delete_key(
     State(state): State<AppState>,
     _: Admin,
     Path((project, key)): Path<(String, String)>,
-) -> Result<(StatusCode, Json<DeletedKey>), ApiError> {
+) -> Result<Json<Deleted>, ApiError> {
     let found = sqlx::query!(
         "UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1 AND project_id = $2",
         key,
@@ -316,7 +308,7 @@ async fn delete_key(
         return Err(ApiError::not_found("key", &key));
     }
     state.keys.forget(&key);
-    Ok((StatusCode::OK, Json(DeletedKey { id: key, object: "project.key.deleted", deleted: true })))
+    Ok(Json(Deleted { id: key, object: "project.key.deleted", deleted: true }))
 }
 
 async fn require_project(db: &PgPool, id: &str) -> Result<(), ApiError> {

@@ -27,9 +27,9 @@ use super::datasets;
 use crate::{
     auth::Project,
     idempotency::Creation,
-    made::{delete_made, find_usable},
+    made::{delete_made, find_usable, list_made},
     metadata::Metadata,
-    page::{List, Page, fetch_page},
+    page::List,
     parse::{Body, Path, Query},
     problem::ApiError,
     resource::{self, Deleted, FailureDetail, ListQuery, StateName},
@@ -156,18 +156,24 @@ impl From<TokenizerRow> for TokenizerObject {
     }
 }
 
+/// `query_as!` of tokenizers that are not deleted; `$tail` goes on with `AND …`.
+macro_rules! select_tokenizers {
+    ($tail:literal $(+ $more:literal)* $(, $argument:expr)* $(,)?) => {
+        sqlx::query_as!(
+            TokenizerRow,
+            r#"SELECT id, name, state AS "state: ResourceState", job_id, type, dataset_id, file_id, vocabulary, added_roles, artifact, sha256,
+                      error, metadata, created_at
+               FROM tokenizers WHERE deleted_at IS NULL "# + $tail $(+ $more)*
+            $(, $argument)*
+        )
+    };
+}
+
 pub(super) async fn find(conn: &mut PgConnection, project_id: &str, id: &str) -> Result<TokenizerRow, ApiError> {
-    sqlx::query_as!(
-        TokenizerRow,
-        r#"SELECT id, name, state AS "state: ResourceState", job_id, type, dataset_id, file_id, vocabulary, added_roles, artifact, sha256, error,
-                  metadata, created_at
-           FROM tokenizers WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL"#,
-        id,
-        project_id,
-    )
-    .fetch_optional(conn)
-    .await?
-    .ok_or_else(|| ApiError::not_found("tokenizer", id))
+    select_tokenizers!("AND id = $1 AND project_id = $2", id, project_id)
+        .fetch_optional(conn)
+        .await?
+        .ok_or_else(|| ApiError::not_found("tokenizer", id))
 }
 
 /// The job to wait for before a tokenizer can be used, if it is not ready.
@@ -273,25 +279,7 @@ async fn list_tokenizers(
     project: Project,
     Query(query): Query<ListQuery>,
 ) -> Result<Json<List<TokenizerObject>>, ApiError> {
-    let page = Page::asked(query.limit.unwrap_or(20), query.order, query.after, async |id| {
-        sqlx::query_scalar!("SELECT created_at FROM tokenizers WHERE id = $1 AND project_id = $2", id, project.project_id)
-            .fetch_optional(&state.db)
-            .await
-    })
-    .await?;
-    let rows = fetch_page!(
-        TokenizerRow,
-        &state.db,
-        &page,
-        r#"SELECT id, name, state AS "state: ResourceState", job_id, type, dataset_id, file_id, vocabulary, added_roles, artifact, sha256, error,
-                  metadata, created_at
-           FROM tokenizers
-           WHERE project_id = $4 AND deleted_at IS NULL AND ($5::text IS NULL OR state = $5) AND ($6::text IS NULL OR name = $6)"#,
-        project.project_id,
-        query.state.map(StateName::as_str),
-        query.name,
-    )?;
-    Ok(Json(List::of(rows.into_iter().map(TokenizerObject::from).collect(), &page, |tokenizer| &tokenizer.id)))
+    list_made!(select_tokenizers in "tokenizers" as TokenizerObject, &state, project.project_id, query, 20)
 }
 
 /// Retrieve a tokenizer

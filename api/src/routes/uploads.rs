@@ -30,6 +30,7 @@ use crate::{
     multipart::{self, Expected},
     parse::{Body, NoBody, Path},
     problem::ApiError,
+    resource,
     state::AppState,
 };
 
@@ -217,7 +218,7 @@ async fn create_upload_part(
     let added = add_part(&state, &creation, new).await;
     let has_row = added.as_ref().map_or_else(ApiError::may_have_taken_effect, |part| part.id == id);
     if !has_row {
-        files::remove_artifact(&state, key).await;
+        resource::remove_artifacts(&state, vec![key]).await;
     }
     added.map(Json)
 }
@@ -335,15 +336,13 @@ async fn complete_upload(
     };
     match completed {
         Ok((file, parts)) => {
-            for key in parts {
-                files::remove_artifact(&state, key).await;
-            }
+            resource::remove_artifacts(&state, parts).await;
             let upload = find_upload(&state.db, &caller.project_id, &upload_id).await?;
             Ok(Json(upload.object(Some(file))))
         }
         Err(error) => {
             if !error.may_have_taken_effect() {
-                files::remove_artifact(&state, files::artifact_key(&file_id)).await;
+                resource::remove_artifacts(&state, vec![files::artifact_key(&file_id)]).await;
             }
             Err(error)
         }
@@ -458,8 +457,6 @@ async fn cancel_upload(
     }
     let parts = drop_parts(&mut transaction, &upload_id).await?;
     transaction.commit().await?;
-    for key in parts {
-        files::remove_artifact(&state, key).await;
-    }
+    resource::remove_artifacts(&state, parts).await;
     Ok(Json(find_upload(&state.db, &caller.project_id, &upload_id).await?.object(None)))
 }

@@ -47,8 +47,7 @@ pub struct PreviewQuery {
     /// Index of the last row of the page before.
     #[param(minimum = 0, maximum = 18446744073709551615u64)]
     after: Option<u64>,
-    /// Default: 20.
-    #[param(minimum = 1, maximum = 100)]
+    #[param(minimum = 1, maximum = 100, default = 20)]
     limit: Option<u64>,
 }
 

@@ -21,9 +21,9 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::{
     auth::Project,
     idempotency::Creation,
-    made::{delete_made, find_usable},
+    made::{delete_made, find_usable, list_made},
     metadata::Metadata,
-    page::{List, Page, fetch_page},
+    page::List,
     parse::{Body, Path, Query},
     problem::ApiError,
     resource::{self, Deleted, FailureDetail, ListQuery, StateName},
@@ -135,17 +135,23 @@ impl From<DatasetRow> for DatasetObject {
     }
 }
 
+/// `query_as!` of datasets that are not deleted; `$tail` goes on with `AND …`.
+macro_rules! select_datasets {
+    ($tail:literal $(+ $more:literal)* $(, $argument:expr)* $(,)?) => {
+        sqlx::query_as!(
+            DatasetRow,
+            r#"SELECT id, name, state AS "state: ResourceState", job_id, source, artifact, statistics, error, metadata, created_at
+               FROM datasets WHERE deleted_at IS NULL "# + $tail $(+ $more)*
+            $(, $argument)*
+        )
+    };
+}
+
 pub(super) async fn find(conn: &mut PgConnection, project_id: &str, id: &str) -> Result<DatasetRow, ApiError> {
-    sqlx::query_as!(
-        DatasetRow,
-        r#"SELECT id, name, state AS "state: ResourceState", job_id, source, artifact, statistics, error, metadata, created_at
-           FROM datasets WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL"#,
-        id,
-        project_id,
-    )
-    .fetch_optional(conn)
-    .await?
-    .ok_or_else(|| ApiError::not_found("dataset", id))
+    select_datasets!("AND id = $1 AND project_id = $2", id, project_id)
+        .fetch_optional(conn)
+        .await?
+        .ok_or_else(|| ApiError::not_found("dataset", id))
 }
 
 /// Create a dataset
@@ -272,24 +278,7 @@ async fn list_datasets(
     project: Project,
     Query(query): Query<ListQuery>,
 ) -> Result<Json<List<DatasetObject>>, ApiError> {
-    let page = Page::asked(query.limit.unwrap_or(20), query.order, query.after, async |id| {
-        sqlx::query_scalar!("SELECT created_at FROM datasets WHERE id = $1 AND project_id = $2", id, project.project_id)
-            .fetch_optional(&state.db)
-            .await
-    })
-    .await?;
-    let rows = fetch_page!(
-        DatasetRow,
-        &state.db,
-        &page,
-        r#"SELECT id, name, state AS "state: ResourceState", job_id, source, artifact, statistics, error, metadata, created_at
-           FROM datasets
-           WHERE project_id = $4 AND deleted_at IS NULL AND ($5::text IS NULL OR state = $5) AND ($6::text IS NULL OR name = $6)"#,
-        project.project_id,
-        query.state.map(StateName::as_str),
-        query.name,
-    )?;
-    Ok(Json(List::of(rows.into_iter().map(DatasetObject::from).collect(), &page, |dataset| &dataset.id)))
+    list_made!(select_datasets in "datasets" as DatasetObject, &state, project.project_id, query, 20)
 }
 
 /// Retrieve a dataset

@@ -8,10 +8,9 @@ use utoipa::{IntoParams, ToSchema};
 
 use crate::{
     metadata::Metadata,
-    page::Order,
     problem::ApiError,
     resource::{self, FailureDetail},
-    routes::training::{JobRow, JobStateName, events::EventRow},
+    routes::training::{JobRow, JobStateName, events::EventRow, outputs::CheckpointRow},
 };
 
 /// A word that leaves a number to the server.
@@ -282,28 +281,10 @@ impl FineTuningJobObject {
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
-pub struct ListFineTuningJobs {
-    /// Id of the last job of the page before.
-    pub after: Option<String>,
-    #[param(minimum = 1, maximum = 100, default = 20)]
-    pub limit: Option<i64>,
-    #[param(inline)]
-    pub order: Option<Order>,
-    /// Only those in this state, in Lathe's words.
-    #[param(inline)]
-    pub state: Option<JobStateName>,
-    /// Only those of this name, which is the suffix.
-    pub name: Option<String>,
-}
-
-#[derive(Debug, Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
 pub struct ListEvents {
     /// Id of the last event of the page before.
     pub after: Option<String>,
-    /// Default: 20.
-    #[param(minimum = 1, maximum = 100)]
+    #[param(minimum = 1, maximum = 100, default = 20)]
     pub limit: Option<i64>,
 }
 
@@ -313,8 +294,7 @@ pub struct ListEvents {
 pub struct ListCheckpoints {
     /// Id of the last checkpoint of the page before.
     pub after: Option<String>,
-    /// Default: 10.
-    #[param(minimum = 1, maximum = 100)]
+    #[param(minimum = 1, maximum = 100, default = 10)]
     pub limit: Option<i64>,
 }
 
@@ -367,14 +347,6 @@ fn event_id(job_id: &str, number: i64) -> String {
 pub fn event_number(job_id: &str, id: &str) -> Option<i64> {
     let number = id.rsplit('-').next()?.parse().ok()?;
     (event_id(job_id, number) == id).then_some(number)
-}
-
-pub struct CheckpointRow {
-    pub id: String,
-    pub step: i64,
-    pub loss: Option<f64>,
-    pub validation_loss: Option<f64>,
-    pub created_at: OffsetDateTime,
 }
 
 /// A checkpoint.

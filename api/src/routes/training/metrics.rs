@@ -36,8 +36,8 @@ pub struct MetricsQuery {
     #[param(minimum = 0, maximum = 9223372036854775807i64)]
     from_step: Option<i64>,
     /// About so many rows, evenly spread; the last one and those with a validation loss are always
-    /// there. Default: 10000.
-    #[param(minimum = 1, maximum = 100000)]
+    /// there.
+    #[param(minimum = 1, maximum = 100000, default = 10000)]
     points: Option<i64>,
     /// Default: by `Accept`, else json.
     #[param(inline)]

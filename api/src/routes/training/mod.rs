@@ -5,7 +5,7 @@ pub(super) mod control;
 pub(super) mod create;
 pub mod events;
 mod metrics;
-mod outputs;
+pub(super) mod outputs;
 
 use axum::{Json, extract::State};
 use lathe_jobs::{spec::Spec, state::JobState};
@@ -315,8 +315,7 @@ pub(super) async fn find(conn: &mut PgConnection, project_id: &str, id: &str) ->
 pub struct ListTrainingJobs {
     /// Id of the last item of the page before.
     after: Option<String>,
-    /// Default: 20.
-    #[param(minimum = 1, maximum = 100)]
+    #[param(minimum = 1, maximum = 100, default = 20)]
     limit: Option<i64>,
     #[param(inline)]
     order: Option<Order>,
@@ -337,11 +336,23 @@ async fn list_training_jobs(
     project: Project,
     Query(query): Query<ListTrainingJobs>,
 ) -> Result<Json<List<TrainingJobObject>>, ApiError> {
+    let (page, rows) = page(&state, &project.project_id, query, false).await?;
+    Ok(Json(List::of(rows.into_iter().map(TrainingJobObject::from).collect(), &page, |job| &job.id)))
+}
+
+/// The training jobs that a query asks for; of tuning alone if `tuned`.
+pub(super) async fn page(
+    state: &AppState,
+    project_id: &str,
+    query: ListTrainingJobs,
+    tuned: bool,
+) -> Result<(Page, Vec<JobRow>), ApiError> {
     let page = Page::asked(query.limit.unwrap_or(20), query.order, query.after, async |id| {
         sqlx::query_scalar!(
-            "SELECT created_at FROM jobs WHERE id = $1 AND project_id = $2 AND kind = 'train'",
+            "SELECT created_at FROM jobs WHERE id = $1 AND project_id = $2 AND kind = 'train' AND (NOT $3 OR base_model_id IS NOT NULL)",
             id,
-            project.project_id
+            project_id,
+            tuned,
         )
         .fetch_optional(&state.db)
         .await
@@ -351,12 +362,14 @@ async fn list_training_jobs(
         @ [select_jobs] []
         &state.db,
         &page,
-        "AND j.project_id = $4 AND ($5::text IS NULL OR j.state = $5) AND ($6::text IS NULL OR j.name = $6)",
-        project.project_id,
+        "AND j.project_id = $4 AND ($5::text IS NULL OR j.state = $5) AND ($6::text IS NULL OR j.name = $6)
+         AND (NOT $7 OR j.base_model_id IS NOT NULL)",
+        project_id,
         query.state.map(|state| state.state().as_str()),
         query.name,
+        tuned,
     )?;
-    Ok(Json(List::of(rows.into_iter().map(TrainingJobObject::from).collect(), &page, |job| &job.id)))
+    Ok((page, rows))
 }
 
 /// Retrieve a training job

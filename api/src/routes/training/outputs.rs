@@ -9,6 +9,7 @@ use std::{
 use axum::{Json, extract::State};
 use lathe_jobs::checkpoints;
 use serde::{Deserialize, Serialize};
+use sqlx::PgConnection;
 use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -48,15 +49,15 @@ pub struct CheckpointObject {
     created_at: f64,
 }
 
-struct CheckpointRow {
-    id: String,
-    step: i64,
+pub(in crate::routes) struct CheckpointRow {
+    pub id: String,
+    pub step: i64,
     attempt: i32,
     bytes: i64,
-    loss: Option<f64>,
-    validation_loss: Option<f64>,
+    pub loss: Option<f64>,
+    pub validation_loss: Option<f64>,
     best: bool,
-    created_at: OffsetDateTime,
+    pub created_at: OffsetDateTime,
 }
 
 impl CheckpointObject {
@@ -88,6 +89,32 @@ pub struct CheckpointsQuery {
     order: Option<Order>,
 }
 
+/// Which of a job's checkpoints.
+pub(in crate::routes) struct CheckpointsPage {
+    pub limit: i64,
+    pub order: Option<Order>,
+    pub after: Option<String>,
+}
+
+impl CheckpointsPage {
+    pub async fn of(self, conn: &mut PgConnection, job_id: &str) -> Result<(Page, Vec<CheckpointRow>), ApiError> {
+        let page = Page::asked(self.limit, self.order, self.after, async |after| {
+            sqlx::query_scalar!("SELECT created_at FROM checkpoints WHERE id = $1 AND job_id = $2", after, job_id)
+                .fetch_optional(&mut *conn)
+                .await
+        })
+        .await?;
+        let rows = fetch_page!(
+            CheckpointRow,
+            &mut *conn,
+            &page,
+            "SELECT id, step, attempt, bytes, loss, validation_loss, best, created_at FROM checkpoints WHERE job_id = $4",
+            job_id,
+        )?;
+        Ok((page, rows))
+    }
+}
+
 /// List a training job's checkpoints
 #[utoipa::path(
     get, path = "/v1/training/jobs/{job_id}/checkpoints", operation_id = "list_training_checkpoints", tag = "training",
@@ -102,19 +129,8 @@ async fn list_training_checkpoints(
 ) -> Result<Json<List<CheckpointObject>>, ApiError> {
     let mut conn = state.db.acquire().await?;
     let model_id = super::find(&mut conn, &project.project_id, &id).await?.model_id.unwrap_or_default();
-    let page = Page::asked(query.limit.unwrap_or(100), query.order, query.after, async |after| {
-        sqlx::query_scalar!("SELECT created_at FROM checkpoints WHERE id = $1 AND job_id = $2", after, id)
-            .fetch_optional(&mut *conn)
-            .await
-    })
-    .await?;
-    let rows = fetch_page!(
-        CheckpointRow,
-        &mut *conn,
-        &page,
-        "SELECT id, step, attempt, bytes, loss, validation_loss, best, created_at FROM checkpoints WHERE job_id = $4",
-        id,
-    )?;
+    let page = CheckpointsPage { limit: query.limit.unwrap_or(100), order: query.order, after: query.after };
+    let (page, rows) = page.of(&mut conn, &id).await?;
     Ok(Json(List::of(rows.into_iter().map(|row| CheckpointObject::new(&model_id, row)).collect(), &page, |checkpoint| {
         &checkpoint.id
     })))
@@ -127,8 +143,8 @@ pub struct LogsQuery {
     /// Default: the newest.
     #[param(minimum = 1, maximum = 2147483647)]
     attempt: Option<i32>,
-    /// Length of the tail. Default: 65536.
-    #[param(minimum = 1, maximum = 1048576)]
+    /// Length of the tail.
+    #[param(minimum = 1, maximum = 1048576, default = 65536)]
     bytes: Option<u64>,
 }
 
