@@ -46,9 +46,14 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
             };
             let key = format!("models/{id}/{}", lease.attempt);
             let bytes = put(artifacts, folder, &key).await?;
-            sqlx::query!("UPDATE jobs SET trained_tokens = $2 WHERE id = $1", lease.job_id, trained_tokens)
-                .execute(&mut *tx)
-                .await?;
+            // Steps that changed nothing leave no metrics, and so may be missing at the end.
+            sqlx::query!(
+                "UPDATE jobs SET trained_tokens = $2, step = coalesce(steps, step) WHERE id = $1",
+                lease.job_id,
+                trained_tokens
+            )
+            .execute(&mut *tx)
+            .await?;
             sqlx::query!(
                 "UPDATE models SET state = 'ready', artifact = $3, parameters = $4, weights_sha256 = $5, template = $6, bytes = $7
                  WHERE id = $1 AND job_id = $2 AND state IN ('queued', 'running')",

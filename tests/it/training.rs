@@ -157,6 +157,23 @@ async fn a_job_pauses_goes_on_and_is_cancelled() {
     app.get(&path).await.refused(404);
 }
 
+/// Skipped ones count: with this rate and without a moving average, the weights soon make no finite gradient.
+#[tokio::test]
+async fn a_job_that_has_succeeded_has_taken_all_its_steps() {
+    let app = TestApp::start().await;
+    let mut body = pretraining(&ingredients(&app).await, 20);
+    body["model"]["norm"] = json!("rms");
+    body["hyperparameters"] = json!({"steps": 20, "batch_size": 4, "precision": "fp32", "clip": 1e9,
+        "schedule": {"type": "constant", "peak": 10, "warmup_steps": 0}, "optimizer": {"eps": 1e-300, "betas": [0, 0]},
+        "divergence": {"window": 1, "patience": 1000, "factor": 1e6, "non_finite_steps": 1000}});
+    let job = app.post_json("/v1/training/jobs", &body).await.ok();
+    let job = app.wait_for(&path(&job), &["succeeded"]).await;
+    let events = app.get(&format!("{}/events", path(&job))).await.ok();
+    let skipped = events["data"].as_array().expect("a list").iter().filter(|event| event["code"] == "step.skipped");
+    assert_eq!(skipped.last().map(|event| &event["data"]["step"]), Some(&json!(20)), "{events}");
+    assert_eq!((&job["step"], &job["steps"]), (&json!(20), &json!(20)));
+}
+
 /// Waits until a job has finished a step beyond `step`.
 async fn stepped(app: &TestApp, path: &str, step: u64) {
     loop {
