@@ -6,12 +6,15 @@
 
 use std::time::{Duration, Instant};
 
+use lathe_jobs::waiting::unless_stuck;
 use sqlx::{PgPool, Postgres, Transaction};
 
 use crate::problem::is_connection_loss;
 
 /// How long the outcome is asked for; longer than a crashed server usually takes to recover.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long one answer may take. Less than whoever waits for the whole of it would wait for nothing.
+const ANSWER: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_millis(200);
 
 /// Commits, and on a lost connection finds out whether it did.
@@ -20,13 +23,17 @@ const RETRY: Duration = Duration::from_millis(200);
 /// The commit's own error where it did not take effect, or where nobody could be asked in time.
 pub async fn commit(db: &PgPool, mut tx: Transaction<'_, Postgres>) -> Result<(), sqlx::Error> {
     let id = sqlx::query_scalar!(r#"SELECT pg_current_xact_id()::text AS "id!""#).fetch_one(&mut *tx).await?;
-    match tx.commit().await {
+    match bounded(tx.commit()).await {
         Err(error) if is_lost(&error) => match outcome(db, &id).await {
             Some(true) => Ok(()),
             Some(false) | None => Err(error),
         },
         ended => ended,
     }
+}
+
+async fn bounded<T>(question: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
+    unless_stuck(ANSWER, question).await.unwrap_or_else(|stuck| Err(stuck.into()))
 }
 
 /// A server that is told to stop says so, and may have committed before.
@@ -39,7 +46,7 @@ fn is_lost(error: &sqlx::Error) -> bool {
 async fn outcome(db: &PgPool, id: &str) -> Option<bool> {
     let began = Instant::now();
     while began.elapsed() < PATIENCE {
-        let status = sqlx::query_scalar!("SELECT pg_xact_status($1::text::xid8) AS status", id).fetch_one(db).await;
+        let status = bounded(sqlx::query_scalar!("SELECT pg_xact_status($1::text::xid8) AS status", id).fetch_one(db)).await;
         match status.as_ref().map(Option::as_deref) {
             Ok(Some("committed")) => return Some(true),
             Ok(Some("aborted")) => return Some(false),

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use lathe_jobs::events::CHANNEL;
+use lathe_jobs::{events::CHANNEL, waiting};
 use sqlx::{PgPool, postgres::PgListener};
 use tokio::sync::broadcast;
 
@@ -51,7 +51,7 @@ async fn pass_on(db: &PgPool, sender: &broadcast::Sender<Arc<str>>) -> Result<()
     listener.listen(CHANNEL).await?;
     loop {
         // `None`: the connection was lost and made anew, and what was sent meanwhile is gone.
-        let Some(notification) = listener.try_recv().await? else { continue };
+        let Some(notification) = waiting::notification(&mut listener).await? else { continue };
         // Nobody listening is no error.
         let _ = sender.send(notification.payload().into());
     }

@@ -24,6 +24,7 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
+use lathe_jobs::waiting::{answered, patient};
 use serde::Serialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -174,8 +175,11 @@ pub async fn replay(State(state): State<AppState>, request: Request, next: Next)
     };
     let reserved = Arc::new(Reserved { identity, since, line, fingerprint });
     request.extensions_mut().insert(Creation(Some(reserved.clone())));
-    let answering = tokio::spawn(async move { keep_refusal(&state.db, reserved, next.run(request).await).await });
-    answering.await.map_err(ApiError::internal)?
+    let answering = tokio::spawn(async move {
+        let answer = next.run(request).await;
+        answered(keep_refusal(&state.db, reserved, answer)).await
+    });
+    patient(answering).await.map_err(ApiError::internal)?
 }
 
 fn hash(line: &str, body: &[u8]) -> String {

@@ -26,6 +26,7 @@ pub mod multipart;
 pub mod openapi;
 pub mod page;
 pub mod parse;
+pub mod patience;
 pub mod postgres;
 pub mod problem;
 pub mod resource;

@@ -174,7 +174,7 @@ pub async fn remove_artifacts(state: &AppState, keys: Vec<String>) {
             }
         }
     };
-    if let Err(error) = tokio::task::spawn_blocking(removal).await {
+    if let Err(error) = lathe_jobs::waiting::blocking(removal).await {
         tracing::warn!(%error, "removing artifacts broke off");
     }
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use axum::http::{HeaderValue, Method, StatusCode};
-use lathe_jobs::artifacts::Artifacts;
+use lathe_jobs::{artifacts::Artifacts, waiting};
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio_util::sync::CancellationToken;
 
@@ -38,6 +38,8 @@ pub struct ApiConfig {
     pub loading_patience: Duration,
     /// Between the comments that keep a silent stream's connection alive.
     pub stream_comments: Duration,
+    /// Time in which a handler that waits must hear something; its request is a 503 then.
+    pub stuck_after: Duration,
     /// Time that open requests get to end at shutdown.
     pub shutdown_grace: Duration,
 }
@@ -56,6 +58,7 @@ impl Default for ApiConfig {
             generation_deadline: Duration::from_secs(600),
             loading_patience: Duration::from_secs(60),
             stream_comments: Duration::from_secs(10),
+            stuck_after: waiting::STUCK,
             shutdown_grace: Duration::from_secs(5),
         }
     }
@@ -73,7 +76,7 @@ pub fn pool_options(query_deadline: Duration) -> PgPoolOptions {
         "SET statement_timeout = {milliseconds}; SET lock_timeout = {milliseconds}; SET idle_in_transaction_session_timeout = '60s'"
     )
     .into();
-    PgPoolOptions::new().max_connections(16).acquire_timeout(Duration::from_secs(3)).after_connect(move |conn, _| {
+    waiting::pool_options().max_connections(16).acquire_timeout(Duration::from_secs(3)).after_connect(move |conn, _| {
         let deadlines = deadlines.clone();
         // Made of a number alone.
         Box::pin(async move { sqlx::raw_sql(sqlx::AssertSqlSafe(&*deadlines)).execute(conn).await.map(drop) })

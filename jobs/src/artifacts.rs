@@ -15,7 +15,7 @@ use std::{
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 
-use crate::ids;
+use crate::{ids, waiting};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ArtifactError {
@@ -189,7 +189,7 @@ impl Artifacts {
 
     async fn check_reserve(&self) -> Result<(), ArtifactError> {
         let artifacts = self.clone();
-        let disk = tokio::task::spawn_blocking(move || artifacts.disk()).await;
+        let disk = waiting::blocking(move || artifacts.disk()).await;
         match disk {
             Ok(Ok((free, _))) if free < self.reserve_bytes => Err(ArtifactError::Full { free, reserve: self.reserve_bytes }),
             // A disk that cannot be asked is found out by writing.
@@ -258,7 +258,7 @@ impl Upload {
             return Err(ArtifactError::BadKey(self.key.clone()));
         };
         let (artifacts, key, from) = (self.artifacts.clone(), self.key.clone(), staged.clone());
-        let published = tokio::task::spawn_blocking(move || artifacts.put_file(&from, &key)).await;
+        let published = waiting::blocking(move || artifacts.put_file(&from, &key)).await;
         match published {
             Ok(Ok(())) => Ok(Written { bytes: self.bytes, sha256: hex::encode(std::mem::take(&mut self.digest).finalize()) }),
             Ok(Err(error)) => {

@@ -9,7 +9,7 @@ use std::{
 use sqlx::PgPool;
 use tokio::sync::{Notify, broadcast, watch};
 
-use crate::{artifacts::Artifacts, housekeeping};
+use crate::{artifacts::Artifacts, housekeeping, waiting};
 
 #[derive(Clone, Debug)]
 pub struct RunnerConfig {
@@ -106,7 +106,7 @@ impl Context {
     /// Whether the disk is nearly full now, for everyone who waits for it. One that cannot be read is not.
     pub(crate) async fn look_at_disk(&self) -> bool {
         let (artifacts, low_bytes) = (self.artifacts.clone(), self.config.disk_low_bytes);
-        let found = tokio::task::spawn_blocking(move || housekeeping::disk_state(&artifacts, low_bytes)).await;
+        let found = waiting::blocking(move || housekeeping::disk_state(&artifacts, low_bytes)).await;
         let low = matches!(found, Ok(Ok(disk)) if disk.low);
         let changed = self.disk_low.send_if_modified(|known| std::mem::replace(known, low) != low);
         match (changed, low) {

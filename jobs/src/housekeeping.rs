@@ -19,6 +19,7 @@ use crate::{
     artifacts::{ArtifactError, Artifacts, SHARDS},
     checkpoints,
     publish::blocking,
+    waiting::{self, answered},
 };
 
 const EVERY: Duration = Duration::from_secs(600);
@@ -63,12 +64,12 @@ pub fn disk_state(artifacts: &Artifacts, low_bytes: u64) -> io::Result<DiskState
 pub async fn run(db: PgPool, artifacts: Artifacts, disk_low_bytes: u64) {
     loop {
         let store = artifacts.clone();
-        let disk = tokio::task::spawn_blocking(move || disk_state(&store, disk_low_bytes)).await;
+        let disk = waiting::blocking(move || disk_state(&store, disk_low_bytes)).await;
         let cache = match disk {
             Ok(Ok(disk)) if disk.low => CacheLimits { bytes: 0, ..CacheLimits::default() },
             _ => CacheLimits::default(),
         };
-        if let Err(error) = sweep(&db, &artifacts, cache).await {
+        if let Err(error) = answered(sweep(&db, &artifacts, cache)).await {
             tracing::warn!(%error, "housekeeping could not finish its round");
         }
         tokio::time::sleep(EVERY).await;

@@ -39,3 +39,4 @@ pub mod settle;
 pub mod spec;
 pub mod state;
 pub mod store_id;
+pub mod waiting;

@@ -13,6 +13,7 @@ use sqlx::PgConnection;
 use crate::{
     artifacts::{ArtifactError, Artifacts},
     lease::{Lease, LeaseError},
+    waiting,
 };
 
 /// What a job made; folders are staged and synced.
@@ -143,5 +144,5 @@ pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ArtifactError> + Send + 'static,
 ) -> Result<T, ArtifactError> {
     let stopped = |error| ArtifactError::Io { key: String::new(), source: std::io::Error::other(error) };
-    tokio::task::spawn_blocking(work).await.map_err(stopped)?
+    waiting::blocking(work).await.map_err(stopped)?
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use sqlx::{Connection, PgConnection, PgPool};
 
-use crate::{artifacts::Artifacts, ending, lease::LeaseError, replicas, settle};
+use crate::{artifacts::Artifacts, ending, lease::LeaseError, replicas, settle, waiting::answered};
 
 /// Works until it is dropped.
 pub async fn run(db: PgPool, artifacts: Artifacts, lease_seconds: f64) {
@@ -16,7 +16,7 @@ pub async fn run(db: PgPool, artifacts: Artifacts, lease_seconds: f64) {
     let mut reached = false;
     loop {
         if !reached {
-            match sqlx::query_scalar!("SELECT 1 AS one").fetch_one(&db).await {
+            match answered(sqlx::query_scalar!("SELECT 1 AS one").fetch_one(&db)).await {
                 Ok(_) => tokio::time::sleep(lease).await,
                 Err(error) => {
                     tracing::warn!(%error, "the reaper does not reach the database");

@@ -18,6 +18,7 @@ use crate::{
     context::Context,
     ids, settle,
     state::ReplicaState,
+    waiting::answered,
 };
 
 /// Announces a change of a replica; the payload is its id.
@@ -77,7 +78,7 @@ pub async fn keep(context: Arc<Context>) {
     while !context.is_stopping() {
         // Registered before the query, so that what is queued after it is not missed.
         let wake = context.wake_replicas.notified();
-        match claim(&context).await {
+        match answered(claim(&context)).await {
             Ok(Some(replica)) => {
                 serving.spawn(serve(context.clone(), replica));
                 continue;
@@ -158,9 +159,9 @@ async fn make_room(tx: &mut PgConnection, runner_id: &str) -> Result<(), sqlx::E
 enum End {
     /// It was asked to go, or nobody used it.
     Stopped,
-    /// It never came to be ready.
+    /// It never came to be ready; why, in a sentence, which for one that ended by itself comes with its status.
     NotLoaded(String),
-    /// It was ready, and died or hangs; how, in a sentence.
+    /// It was ready, and died or hangs; the same.
     Died(String),
     LeaseLost,
 }
@@ -187,12 +188,13 @@ async fn serve(context: Arc<Context>, replica: Claimed) {
             let status = engine.stop(drain).await;
             match end {
                 End::Died(how) if how.is_empty() => End::Died(crash_message("engine", status, &log)),
+                End::NotLoaded(how) if how.is_empty() => End::NotLoaded(crash_message("engine", status, &log)),
                 other => other,
             }
         }
         Err(error) => End::NotLoaded(format!("The engine could not be started: {error}")),
     };
-    while let Err(error) = settle_end(&context.db, &replica, &end).await {
+    while let Err(error) = answered(settle_end(&context.db, &replica, &end)).await {
         tracing::warn!(replica.id = replica.id, %error, "the end of a replica waits for the database");
         if context.is_stopping() {
             return;
@@ -215,7 +217,7 @@ async fn attend(context: &Context, replica: &Claimed, engine: &mut Child) -> End
             more = engine.report(&mut line) => match more {
                 Ok(true) => match serde_json::from_slice(&std::mem::take(&mut line)) {
                     Ok(Report::Ready(loaded)) => {
-                        match announce(&context.db, replica, &loaded).await {
+                        match answered(announce(&context.db, replica, &loaded)).await {
                             Ok(true) => (ready, heard) = (true, tokio::time::Instant::now()),
                             Ok(false) => return End::LeaseLost,
                             Err(error) => return End::NotLoaded(format!("The database was away when the model was loaded: {error}")),
@@ -232,7 +234,7 @@ async fn attend(context: &Context, replica: &Claimed, engine: &mut Child) -> End
                     }
                 },
                 Ok(false) | Err(_) if ready => return End::Died(String::new()),
-                Ok(false) | Err(_) => return End::NotLoaded("The engine ended while it loaded the model; its log says why.".into()),
+                Ok(false) | Err(_) => return End::NotLoaded(String::new()),
             },
             _ = beat.tick() => {}
             () = wake => {}
@@ -242,7 +244,7 @@ async fn attend(context: &Context, replica: &Claimed, engine: &mut Child) -> End
             }
             () = context.must_stop() => return End::Stopped,
         }
-        match renew(context, replica, open > 0).await {
+        match answered(renew(context, replica, open > 0)).await {
             Ok(Standing::Kept) => {}
             Ok(Standing::ToStop) => return End::Stopped,
             Ok(Standing::Lost) => return End::LeaseLost,

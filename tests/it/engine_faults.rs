@@ -1,9 +1,12 @@
 //! An engine that is killed, hangs or has too little memory: its streams end with an error, and the
 //! next request gets a fresh replica or is told when to come again.
 
-use std::time::{Duration, Instant};
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
 
-use lathe_tests::{Kind, TestApp};
+use lathe_tests::{Kind, TestApp, lathe};
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 
@@ -48,4 +51,21 @@ async fn a_killed_engine_ends_its_streams_and_is_replaced() {
 #[tokio::test]
 async fn an_engine_that_hangs_is_noticed_and_replaced() {
     signalled(Signal::SIGSTOP).await;
+}
+
+/// Its address space is bounded here, as memory is by a machine; nothing of the weights is there to be read.
+#[test]
+fn an_engine_that_gets_too_little_memory_says_so() {
+    let model = endless(64).of_width(65_536);
+    let ended = Command::new("sh")
+        .args(["-c", r#"ulimit -v 6000000; exec "$0" engine --model "$1" --listen 127.0.0.1:0"#])
+        .arg(lathe())
+        .arg(model.folder())
+        .env("LATHE_ENGINE_SECRET", "secret")
+        .output()
+        .expect("a shell is there");
+    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert!(!ended.status.success());
+    let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
+    assert!(last.contains("memory"), "{said}");
 }

@@ -128,6 +128,20 @@ impl Handmade {
         Tokenizer::load(&self.folder.path().join("model")).expect("it was just made")
     }
 
+    /// The folder of a model of this width, which has no weights.
+    pub fn of_width(mut self, width: usize) -> Handmade {
+        let heads = self.config["heads"].as_u64().expect("a number") as usize;
+        for (field, value) in [("width", width), ("mlp_width", width), ("head_dim", width / heads)] {
+            self.config[field] = json!(value);
+        }
+        std::fs::write(self.folder().join("config.json"), json!({"model": self.config}).to_string()).expect("it is writable");
+        self
+    }
+
+    pub fn folder(&self) -> std::path::PathBuf {
+        self.folder.path().join("model")
+    }
+
     /// Answers chat.
     pub fn with_template(mut self) -> Handmade {
         self.template = Some("ins");

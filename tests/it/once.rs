@@ -10,6 +10,9 @@ use sqlx::{Connection, PgConnection};
 /// Commits of new rows wait for this advisory lock, and go on once it is free.
 const HELD: i64 = 4711;
 
+const WAITING: &str = "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+                       WHERE d.datname = current_database() AND l.locktype = 'advisory' AND NOT l.granted";
+
 async fn connect(app: &TestApp) -> PgConnection {
     PgConnection::connect(&app.database_url()).await.expect("the database is there")
 }
@@ -39,7 +42,7 @@ async fn killed_in_the_commit(app: &TestApp, table: &'static str, request: impl 
     sqlx::query("SELECT pg_advisory_lock($1)").bind(HELD).execute(&mut conn).await.expect("it is free");
     let first = tokio::spawn(request(app).send());
     let began = Instant::now();
-    while count(&mut watching, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted").await == 0 {
+    while count(&mut watching, WAITING).await == 0 {
         assert!(began.elapsed() < PATIENCE && !first.is_finished(), "{table}: no commit is held");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

@@ -5,6 +5,7 @@
 //! [`Builder::leaves_jobs`] said so). Where `DATABASE_URL` names a server, the app has a database
 //! there; otherwise, and with [`Builder::embedded`], it has an embedded server.
 
+mod network;
 mod processes;
 mod stack;
 
@@ -14,6 +15,7 @@ use reqwest::{Method, StatusCode, header::HeaderMap, multipart};
 use serde_json::Value;
 
 pub use self::{
+    network::Network,
     processes::{Kind, still_running},
     stack::{Builder, TestApp, can_mount, lathe},
 };

@@ -16,7 +16,7 @@ use sqlx::{ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions}
 use tempfile::TempDir;
 
 use crate::{
-    KEY, Kind,
+    KEY, Kind, Network,
     processes::{self},
     within,
 };
@@ -43,12 +43,21 @@ pub struct Builder {
     embedded: bool,
     leaves_jobs: bool,
     disk_bytes: Option<u64>,
+    network: Option<Network>,
     arguments: Vec<String>,
 }
 
 impl Default for Builder {
     fn default() -> Self {
-        Builder { runners: 1, lease_seconds: 2.0, embedded: false, leaves_jobs: false, disk_bytes: None, arguments: Vec::new() }
+        Builder {
+            runners: 1,
+            lease_seconds: 2.0,
+            embedded: false,
+            leaves_jobs: false,
+            disk_bytes: None,
+            network: None,
+            arguments: Vec::new(),
+        }
     }
 }
 
@@ -79,6 +88,12 @@ impl Builder {
     /// content goes with the stack. See [`can_mount`].
     pub fn small_disk(mut self, bytes: u64) -> Self {
         self.disk_bytes = Some(bytes);
+        self
+    }
+
+    /// The stack reaches its database over this network; the test does not.
+    pub fn through(mut self, network: &Network) -> Self {
+        self.network = Some(network.clone());
         self
     }
 
@@ -133,6 +148,10 @@ impl Database {
             .expect("databases can be made");
         let url = server.clone().database(&name).to_url_lossy().to_string();
         Database { server, name, url }
+    }
+
+    fn options(&self) -> PgConnectOptions {
+        self.server.clone().database(&self.name)
     }
 
     async fn remove(self) {
@@ -199,7 +218,11 @@ impl TestApp {
         command.args(["--lease-seconds", &self.builder.lease_seconds.to_string()]).args(&self.builder.arguments);
         command.env("LATHE_DATA_DIR", &self.data_dir).env("LATHE_API_KEY", KEY).env_remove("DATABASE_URL");
         if let Some(database) = &self.database {
-            command.env("DATABASE_URL", &database.url);
+            let url = match &self.builder.network {
+                Some(network) => network.through(database.options()).to_url_lossy().to_string(),
+                None => database.url.clone(),
+            };
+            command.env("DATABASE_URL", url);
         }
         command
     }

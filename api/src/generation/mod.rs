@@ -14,6 +14,7 @@ pub mod wire;
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures_util::{Stream, StreamExt, TryStreamExt};
+use lathe_jobs::waiting::patient;
 use lathe_model::{config::Sampling, tokenizer::Tokenizer};
 use tokio::time::Instant;
 
@@ -125,7 +126,7 @@ async fn begin(
             });
         }
     }
-    futures_util::stream::iter(sequences).buffered(BEGUN_TOGETHER).try_collect().await
+    patient(futures_util::stream::iter(sequences).buffered(BEGUN_TOGETHER).try_collect()).await
 }
 
 fn request(model: &Model, prompt: &Prompt, settings: &Settings, choice: u32) -> GenerateRequest {
@@ -245,7 +246,7 @@ pub struct Ended {
 /// # Errors
 /// That of the first choice that fails; the others are cancelled.
 pub async fn collect(choices: Vec<Choice>) -> Result<Vec<Ended>, ApiError> {
-    futures_util::future::try_join_all(choices.into_iter().map(|mut choice| async move {
+    let ended = futures_util::future::try_join_all(choices.into_iter().map(|mut choice| async move {
         let mut ended = Ended {
             index: choice.index,
             prompt: Vec::new(),
@@ -267,8 +268,8 @@ pub async fn collect(choices: Vec<Choice>) -> Result<Vec<Ended>, ApiError> {
             }
         }
         Ok(ended)
-    }))
-    .await
+    }));
+    patient(ended).await
 }
 
 /// What happens next in an answer of several choices.

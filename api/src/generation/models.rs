@@ -56,7 +56,7 @@ pub async fn ready_model(state: &AppState, project_id: &str, id: &str) -> Result
     let config: ModelConfig = serde_json::from_value(row.config).map_err(ApiError::internal)?;
     let template = row.template.map(|name| serde_json::from_value(name.into())).transpose().map_err(ApiError::internal)?;
     let (tokenizers, artifacts, key) = (state.tokenizers.clone(), state.artifacts.clone(), artifact.clone());
-    let loaded = tokio::task::spawn_blocking(move || {
+    let loaded = lathe_jobs::waiting::blocking(move || {
         // The tokenizer may be in memory still when the folder is gone.
         artifacts.size(&format!("{key}/weights.safetensors")).map_err(ApiError::internal)?;
         tokenizers.get_or_load(&key, || Tokenizer::load(&artifacts.path(&key))).map_err(ApiError::internal)

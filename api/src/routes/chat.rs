@@ -276,7 +276,7 @@ async fn prompt(model: &Arc<Model>, turns: Conversation) -> Result<Prompt, ApiEr
         return Err(ApiError::bad_request("model", message).with_code("no_chat_template"));
     }
     let model = model.clone();
-    let ids = tokio::task::spawn_blocking(move || {
+    let ids = lathe_jobs::waiting::blocking(move || {
         template::prompt(&model.tokenizer, turns.system.as_deref(), &turns.history, &turns.instruction, "")
     })
     .await

@@ -160,7 +160,7 @@ async fn prompts(model: &Arc<Model>, prompt: PromptField, score: bool) -> Result
 
 async fn encode(model: &Arc<Model>, texts: Vec<String>) -> Result<Vec<Vec<u32>>, ApiError> {
     let model = model.clone();
-    tokio::task::spawn_blocking(move || model.tokenizer.encode_batch(&texts)).await.map_err(ApiError::internal)
+    lathe_jobs::waiting::blocking(move || model.tokenizer.encode_batch(&texts)).await.map_err(ApiError::internal)
 }
 
 struct CompletionShape {

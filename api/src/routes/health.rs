@@ -129,7 +129,8 @@ async fn check_runners(state: &AppState) -> Check {
 /// Bytes free to this process on the artifacts' file system.
 pub(crate) async fn free_bytes(state: &AppState) -> std::io::Result<u64> {
     let root = state.artifacts.root().to_owned();
-    let found = tokio::task::spawn_blocking(move || nix::sys::statvfs::statvfs(&root)).await.map_err(std::io::Error::other)??;
+    let found =
+        lathe_jobs::waiting::blocking(move || nix::sys::statvfs::statvfs(&root)).await.map_err(std::io::Error::other)??;
     // Both are u64 on Linux and narrower elsewhere.
     #[allow(clippy::useless_conversion)]
     Ok(u64::from(found.blocks_available()) * u64::from(found.fragment_size()))

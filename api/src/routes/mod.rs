@@ -25,7 +25,7 @@ use axum::{
 };
 use utoipa_axum::router::OpenApiRouter;
 
-use crate::{auth, idempotency, openapi, parse, problem::ApiError, state::AppState};
+use crate::{auth, idempotency, openapi, parse, patience, problem::ApiError, state::AppState};
 
 /// Every route, without layers: what the document is made from.
 pub fn routes() -> OpenApiRouter<AppState> {
@@ -36,11 +36,14 @@ pub fn routes() -> OpenApiRouter<AppState> {
 pub fn router(state: &AppState) -> OpenApiRouter<AppState> {
     let keyed = keyed();
     let queried = Arc::new(openapi::queried(keyed.get_openapi()));
+    let bounded = || middleware::from_fn_with_state(state.clone(), patience::bound);
     let keyed = keyed
+        // Once more inside of what goes on in a task of its own.
+        .route_layer(bounded())
         .route_layer(middleware::from_fn_with_state(state.clone(), idempotency::replay))
         .route_layer(middleware::from_fn_with_state(queried, known_query))
         .route_layer(middleware::from_fn_with_state(state.clone(), auth::require_key));
-    public().merge(keyed)
+    public().merge(keyed).route_layer(bounded())
 }
 
 /// Middleware: 400 for a query where the document has none. Those in `queried` read theirs with

@@ -491,7 +491,7 @@ async fn with_tokenizer<T: Send + 'static>(
     work: impl FnOnce(&Tokenizer) -> T + Send + 'static,
 ) -> Result<T, ApiError> {
     let tokenizer = ready(state, &project.project_id, id).await?;
-    tokio::task::spawn_blocking(move || work(&tokenizer)).await.map_err(ApiError::internal)
+    lathe_jobs::waiting::blocking(move || work(&tokenizer)).await.map_err(ApiError::internal)
 }
 
 /// The project's tokenizer of that id; 404 where there is none, 409 while it is not ready.
@@ -503,7 +503,7 @@ pub(super) async fn ready(state: &AppState, project_id: &str, id: &str) -> Resul
         return Err(resource::not_ready("tokenizer", id, row.state));
     };
     let (cache, folder) = (state.tokenizers.clone(), state.artifacts.path(&artifact));
-    let loaded = tokio::task::spawn_blocking(move || cache.get_or_load(&artifact, || Tokenizer::load(&folder)));
+    let loaded = lathe_jobs::waiting::blocking(move || cache.get_or_load(&artifact, || Tokenizer::load(&folder)));
     loaded.await.map_err(ApiError::internal)?.map_err(ApiError::internal)
 }
 

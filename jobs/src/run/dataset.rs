@@ -18,6 +18,7 @@ use crate::{
     lease::{self, Claimed, LeaseError},
     spec::DatasetSource,
     state::Kind,
+    waiting::{self, answered},
 };
 
 /// Where the worker builds the dataset's folder.
@@ -63,11 +64,11 @@ pub async fn note_bad_rows(db: &PgPool, claimed: &Claimed, staging: &Path) {
         return;
     }
     let file = staging.join(FOLDER).join("errors.jsonl");
-    let read = tokio::task::spawn_blocking(move || fs::read_to_string(file)).await;
+    let read = waiting::blocking(move || fs::read_to_string(file)).await;
     let Ok(Ok(lines)) = read else { return };
     let limit = usize::try_from(MAX_KEPT_ERRORS).unwrap_or(usize::MAX);
     let bad: Vec<BadRow> = lines.lines().take(limit).filter_map(|line| serde_json::from_str(line).ok()).collect();
-    if let Err(error) = write(db, claimed, &bad).await {
+    if let Err(error) = answered(write(db, claimed, &bad)).await {
         tracing::error!(job.id = claimed.lease.job_id, %error, "the bad rows of a dataset could not be written");
     }
 }

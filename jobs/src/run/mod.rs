@@ -32,6 +32,7 @@ use crate::{
     lease::{Claimed, Lease},
     publish::Product,
     spec::Spec,
+    waiting,
 };
 
 /// The most address space that a child gets that reads what users uploaded; less where the machine has
@@ -118,7 +119,7 @@ fn machine_memory_bytes() -> u64 {
 /// An empty folder for this attempt. Those of earlier attempts go, as far as they can: the worker of one
 /// that was lost may still write into its own, and housekeeping has the rest.
 async fn make_staging(staging: PathBuf) -> Result<(), Failure> {
-    let made = tokio::task::spawn_blocking(move || {
+    let made = waiting::blocking(move || {
         if let Some(job) = staging.parent() {
             let _ = fs::remove_dir_all(job);
         }

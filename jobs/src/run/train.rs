@@ -8,7 +8,7 @@ use lathe_model::{
 };
 
 use super::{PrepareError, Prepared, dataset_folder, existing, gone, prepared, tokenizer_folder};
-use crate::{artifacts::SHARDS, checkpoints, context::Context, devices::Device, lease::Claimed};
+use crate::{artifacts::SHARDS, checkpoints, context::Context, devices::Device, lease::Claimed, waiting};
 
 pub async fn prepare(
     context: &Context,
@@ -86,7 +86,7 @@ async fn resume(context: &Context, claimed: &Claimed) -> Result<Resume, PrepareE
     for checkpoint in registered {
         let folder = context.artifacts.path(&checkpoint.artifact);
         let looked_at = folder.clone();
-        match tokio::task::spawn_blocking(move || verify(&looked_at)).await {
+        match waiting::blocking(move || verify(&looked_at)).await {
             Ok(Ok(())) => {
                 resume.from = Some((checkpoint.step, folder));
                 break;

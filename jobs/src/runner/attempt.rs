@@ -34,6 +34,7 @@ use crate::{
     lease::{Claimed, Lease, LeaseError},
     metrics::Event,
     run::{self, Prepared},
+    waiting::{self, answered},
 };
 
 /// What is asked of the worker.
@@ -87,7 +88,7 @@ pub async fn run(context: Arc<Context>, claimed: Claimed, device: Device) {
         }
     }
     beating.abort();
-    let _ = tokio::task::spawn_blocking(move || fs::remove_dir_all(staging)).await;
+    let _ = waiting::blocking(move || fs::remove_dir_all(staging)).await;
 }
 
 /// Writes out what waits, then ends the attempt, as long as it takes; gives up only when the runner
@@ -114,12 +115,12 @@ async fn end(attempt: &Attempt, mut ending: Ending) {
         && let Some(folder) = product.folder().map(Path::to_owned)
     {
         // Written through to disk before the attempt is held, which is then only for a rename.
-        let _ = tokio::task::spawn_blocking(move || artifacts::sync_tree(&folder)).await;
+        let _ = waiting::blocking(move || artifacts::sync_tree(&folder)).await;
     }
     let (lease, context) = (&attempt.lease, &attempt.context);
     loop {
         let finished = match context.db.acquire().await {
-            Ok(mut conn) => ending::finish(&mut conn, &context.artifacts, lease, ending.clone()).await,
+            Ok(mut conn) => answered(ending::finish(&mut conn, &context.artifacts, lease, ending.clone())).await,
             Err(error) => Err(error.into()),
         };
         match finished {
@@ -209,7 +210,7 @@ async fn lost(control: &mut watch::Receiver<Control>) {
 /// Asks until the database answers.
 async fn prepare(attempt: &Attempt, claimed: &Claimed, device: &Device, staging: &Path) -> Result<Prepared, Failure> {
     loop {
-        match run::prepare(&attempt.context, claimed, device, staging).await {
+        match answered(run::prepare(&attempt.context, claimed, device, staging)).await {
             Ok(prepared) => return Ok(prepared),
             Err(run::PrepareError::Failure(failure)) => return Err(failure),
             Err(run::PrepareError::Database(error)) => {

@@ -21,6 +21,7 @@ use crate::{
     lease::{self, LeaseError},
     metrics::{self, Event},
     state::JobState,
+    waiting::answered,
 };
 
 /// Between two attempts to reach a database that is away.
@@ -77,7 +78,7 @@ pub async fn renew(attempt: Arc<Attempt>) {
 /// Writes what waits until it is closed and empty.
 pub async fn write_all(attempt: Arc<Attempt>) {
     while let Some(write) = attempt.outbox.next().await {
-        match write_one(&attempt, &write).await {
+        match answered(write_one(&attempt, &write)).await {
             Ok(()) => attempt.outbox.done(),
             Err(LeaseError::Lost) => {
                 attempt.control.send_replace(Control::LeaseLost);

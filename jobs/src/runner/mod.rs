@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgListener};
 use tokio::{
     sync::{Notify, broadcast, watch},
     task::JoinSet,
@@ -32,6 +32,7 @@ use crate::{
     queue, reaper, replicas,
     state::Pool,
     store_id::{self, StoreError},
+    waiting::{self, answered},
 };
 
 /// How often work is looked for without a notification.
@@ -55,7 +56,7 @@ pub async fn run(config: RunnerConfig, shutdown: impl Future<Output = ()>) -> Re
     // A runner that stands still in a transaction must not hold its rows longer than its lease.
     let idle = format!("{}ms", (config.lease_seconds * 1000.0).round());
     let options = config.database_url.parse::<PgConnectOptions>()?.options([("idle_in_transaction_session_timeout", idle)]);
-    let db = PgPoolOptions::new()
+    let db = waiting::pool_options()
         .max_connections(16)
         .acquire_timeout(Duration::from_secs_f64((config.lease_seconds / 3.0).clamp(1.0, 10.0)))
         .connect_with(options)
@@ -202,14 +203,12 @@ async fn stay_registered(context: Arc<Context>) {
     let seconds = context.config.lease_seconds;
     loop {
         tokio::time::sleep(Duration::from_secs_f64(seconds / 3.0)).await;
-        let renewed = sqlx::query!(
+        let renewal = sqlx::query!(
             "UPDATE runners SET expires_at = now() + make_interval(secs => $2), stopped_at = NULL WHERE id = $1",
             context.runner_id,
             seconds
-        )
-        .execute(&context.db)
-        .await;
-        if let Err(error) = renewed {
+        );
+        if let Err(error) = answered(renewal.execute(&context.db)).await {
             tracing::warn!(%error, "the runner could not renew its registration");
         }
     }
@@ -236,7 +235,7 @@ async fn hear(context: &Context) -> Result<(), sqlx::Error> {
     let mut listener = PgListener::connect_with(&context.db).await?;
     listener.listen_all([queue::CHANNEL, replicas::CHANNEL]).await?;
     loop {
-        let heard = listener.try_recv().await?;
+        let heard = waiting::notification(&mut listener).await?;
         match &heard {
             Some(notification) if notification.channel() == replicas::CHANNEL => context.wake_replicas.notify_waiters(),
             Some(notification) => {
@@ -308,7 +307,7 @@ async fn claim(context: &Context, pool: Pool, slot: &Device) -> Option<lease::Cl
         lease_seconds: context.config.lease_seconds,
     };
     let claimed = match context.db.acquire().await {
-        Ok(mut conn) => lease::claim(&mut conn, &claimant).await,
+        Ok(mut conn) => answered(lease::claim(&mut conn, &claimant)).await,
         Err(error) => Err(error),
     };
     claimed.unwrap_or_else(|error| {

@@ -126,7 +126,7 @@ async fn list_dataset_rows(
     };
     let folder = state.artifacts.path(&artifact);
     let (first, limit) = (query.first(), query.limit.unwrap_or(20));
-    let read = tokio::task::spawn_blocking(move || preview(&folder, first, limit));
+    let read = lathe_jobs::waiting::blocking(move || preview(&folder, first, limit));
     let (total, data) = read.await.map_err(ApiError::internal)?.map_err(ApiError::internal)?;
     let has_more = data.last().is_some_and(|row| row.index + 1 < total);
     Ok(Json(RowList { object: "list", data, total, has_more }))

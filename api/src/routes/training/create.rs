@@ -189,7 +189,7 @@ async fn check_extension(state: &AppState, project_id: &str, base: &str, tokeniz
             // What is unknown or has failed is refused when the job is added.
             _ => return Ok(()),
         };
-    let compared = tokio::task::spawn_blocking(move || tokenizer.extends(&base.tokenizer));
+    let compared = lathe_jobs::waiting::blocking(move || tokenizer.extends(&base.tokenizer));
     compared.await.map_err(ApiError::internal)?.map_err(|reason| {
         let message = format!(
             "The tokenizer does not go with the base model: {reason}. Use the base's own, or one that only adds tokens to it."

@@ -11,6 +11,7 @@ use axum::{
         sse::{Event, KeepAlive, Sse},
     },
 };
+use lathe_jobs::waiting::{answered, patient};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::PgPool;
@@ -197,7 +198,7 @@ async fn send_events(
     sender: &mpsc::Sender<Result<Event, axum::Error>>,
 ) {
     loop {
-        match send_batch(db, job_id, &mut after, sender).await {
+        match answered(send_batch(db, job_id, &mut after, sender)).await {
             Ok(Progress::More) => {}
             Ok(Progress::CaughtUp) => subscription.changed().await,
             Ok(Progress::Ended) => return,
@@ -231,7 +232,8 @@ async fn send_batch(
     for row in rows {
         *after = row.id;
         let event = Event::default().id(row.id.to_string()).json_data(EventObject::from(row));
-        if sender.send(event).await.is_err() {
+        // A client that is slow to read is no silent database.
+        if patient(sender.send(event)).await.is_err() {
             return Ok(Progress::Ended);
         }
     }

@@ -181,7 +181,7 @@ async fn get_training_logs(
         return Err(ApiError::not_found("attempt", &attempt.to_string()).with_param("attempt"));
     }
     let (path, bytes) = (state.artifacts.log(&id, attempt), query.bytes.unwrap_or(64 << 10));
-    let read = tokio::task::spawn_blocking(move || tail(path, bytes));
+    let read = lathe_jobs::waiting::blocking(move || tail(path, bytes));
     let (text, truncated) = read.await.map_err(ApiError::internal)?.map_err(ApiError::internal)?;
     Ok(Json(LogsObject { object: "training.logs", attempt, text, truncated }))
 }

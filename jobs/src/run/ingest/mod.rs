@@ -10,6 +10,7 @@ mod csv;
 mod errors;
 mod format;
 mod json;
+mod pages;
 mod parquet;
 mod sink;
 mod source;
@@ -27,7 +28,7 @@ use std::{cell::Cell, fs, rc::Rc, sync::atomic::AtomicBool, time::Instant};
 
 use lathe_model::{
     data::rows::{Manifest, Writer},
-    protocol::{Failure, FailureCode, Report, TaskResult},
+    protocol::{Failure, FailureCode},
 };
 
 pub use columns::check as check_columns;
@@ -73,21 +74,6 @@ impl Ingested {
             "bad_rows": self.bad_rows,
         })
     }
-}
-
-/// A worker's task: [`run`] on the wire's shapes. Progress is reported as the number of rows, good
-/// and bad. A failure after `stop` was raised means nothing.
-pub fn task(spec: serde_json::Value, stop: &AtomicBool, report: &mut dyn FnMut(Report)) -> Result<TaskResult, Failure> {
-    let spec: IngestSpec = serde_json::from_value(spec)
-        .map_err(|error| fail(FailureCode::Internal, format!("the ingestion's spec cannot be read: {error}")))?;
-    let folder = spec.output.clone();
-    let made = run(
-        spec,
-        &mut |progress| report(Report::Progress { step: progress.rows + progress.bad_rows, seconds_per_step: None }),
-        stop,
-    )?;
-    let statistics = made.statistics();
-    Ok(TaskResult::Dataset { folder, sha256: made.manifest.sha256, statistics })
 }
 
 /// Makes the dataset of `spec.output`, or says why not; `errors.jsonl` is there either way.

@@ -1,18 +1,19 @@
 //! Parquet, record by record. Only the columns that a row may be made of are decoded.
 //!
 //! The decoder was not written for hostile files: a panic of it is caught and becomes the file's
-//! failure, and rows are counted against the same bounds as a compression layer's output, since a
-//! dictionary can unfold without end.
+//! failure, pages are looked at before they are read ([`Pages`]), and rows are counted against the same
+//! bounds as a compression layer's output, since a dictionary can unfold without end.
 
 use std::{
     fs::File,
     io::Read,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
 };
 
 use lathe_model::protocol::{Failure, FailureCode};
 use parquet::{
+    errors::ParquetError,
     file::reader::{FileReader, SerializedFileReader},
     record::{Field, Row},
     schema::types::Type,
@@ -22,6 +23,7 @@ use serde_json::{Map, Value};
 use super::{
     columns,
     errors::{RowCode, RowError, shown},
+    pages::{PageTooLarge, Pages},
     sink::{Sink, too_long},
     source::{Opened, fail, read_failure, write_failure},
     spec::Columns,
@@ -52,11 +54,18 @@ pub fn read(file: File, max_ratio: u64, columns: &Columns, sink: &mut Sink<'_>) 
     let bytes = file.metadata().map_err(read_failure)?.len();
     let left = max_ratio.saturating_mul(bytes).max(RATIO_FLOOR_BYTES);
     let name = sink.name().to_owned();
-    let damaged = |what: &dyn std::fmt::Display| {
-        fail(FailureCode::TruncatedFile, format!("{name} cannot be read as Parquet: {}", shown(&what.to_string())))
-    };
+    let damaged = |error: ParquetError| unreadable(&name, error);
     catch_unwind(AssertUnwindSafe(|| records(file, left, columns, sink, &damaged)))
-        .unwrap_or_else(|_| Err(damaged(&"its content is damaged")))
+        .unwrap_or_else(|_| Err(damaged(ParquetError::General("its content is damaged".into()))))
+}
+
+fn unreadable(name: &str, error: ParquetError) -> Failure {
+    match error {
+        ParquetError::External(cause) if cause.is::<PageTooLarge>() => {
+            fail(FailureCode::DecompressionLimit, format!("{name} cannot be read: {cause}; save it with smaller pages"))
+        }
+        error => fail(FailureCode::TruncatedFile, format!("{name} cannot be read as Parquet: {}", shown(&error.to_string()))),
+    }
 }
 
 fn records(
@@ -64,9 +73,11 @@ fn records(
     mut left: u64,
     columns: &Columns,
     sink: &mut Sink<'_>,
-    damaged: &dyn Fn(&dyn std::fmt::Display) -> Failure,
+    damaged: &dyn Fn(ParquetError) -> Failure,
 ) -> Result<(), Failure> {
-    let reader = SerializedFileReader::new(file).map_err(|error| damaged(&error))?;
+    let (pages, has_metadata) = Pages::new(file, left);
+    let reader = SerializedFileReader::new(pages).map_err(damaged)?;
+    has_metadata.store(true, Ordering::Relaxed);
     let schema = reader.metadata().file_metadata().schema();
     let keys: Vec<String> = schema.get_fields().iter().map(|field| field.name().to_owned()).collect();
     let wanted = columns::keys(columns);
@@ -76,11 +87,11 @@ fn records(
             columns::row(columns, &Map::new()).expect_err("an empty record is no row").with_keys(keys.iter().map(String::as_str));
         return sink.bad(1, error);
     }
-    let projection = Type::group_type_builder(schema.name()).with_fields(fields).build().map_err(|error| damaged(&error))?;
+    let projection = Type::group_type_builder(schema.name()).with_fields(fields).build().map_err(damaged)?;
     let max = sink.max_line_bytes();
-    let rows = reader.get_row_iter(Some(projection)).map_err(|error| damaged(&error))?;
+    let rows = reader.get_row_iter(Some(projection)).map_err(damaged)?;
     for (number, row) in (1..).zip(rows) {
-        let record = object(row.map_err(|error| damaged(&error))?);
+        let record = object(row.map_err(damaged)?);
         let size = size(&record);
         left = left.checked_sub(size as u64).ok_or_else(|| {
             fail(
