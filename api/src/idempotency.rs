@@ -15,7 +15,7 @@
 //!
 //! A creation goes on when its client is gone, so that the retry finds its answer.
 
-use std::{convert::Infallible, sync::Arc};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
@@ -57,6 +57,11 @@ pub const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 
 /// Bytes of an answer that can be kept.
 const ANSWER_LIMIT: usize = 64 << 20;
+
+/// How long an identity stays taken by a request whose server no longer says that it answers it, and how
+/// often that is said.
+const RESERVED_SECONDS: f64 = 60.0;
+const RENEWED: Duration = Duration::from_secs(5);
 
 /// What makes two requests the same one.
 #[derive(Clone, Debug)]
@@ -176,7 +181,10 @@ pub async fn replay(State(state): State<AppState>, request: Request, next: Next)
     let reserved = Arc::new(Reserved { identity, since, line, fingerprint });
     request.extensions_mut().insert(Creation(Some(reserved.clone())));
     let answering = tokio::spawn(async move {
-        let answer = next.run(request).await;
+        let answer = tokio::select! {
+            answer = next.run(request) => answer,
+            never = stay_reserved(&state.db, &reserved) => match never {},
+        };
         answered(keep_refusal(&state.db, reserved, answer)).await
     });
     patient(answering).await.map_err(ApiError::internal)?
@@ -228,10 +236,9 @@ enum Reservation {
     },
 }
 
-/// Takes the identity for this request unless it is taken. An unanswered reservation is void after a
-/// minute (an hour for an upload): its server died before it created anything, or can no longer.
+/// Takes the identity for this request unless it is taken. A reservation that is neither answered nor
+/// renewed is void after a minute: its server died before it created anything, or can no longer.
 async fn reserve(db: &PgPool, identity: &Identity, streamed: bool) -> Result<Reservation, ApiError> {
-    let patience = if streamed { 3_600.0 } else { 60.0 };
     let taken = sqlx::query_scalar!(
         "INSERT INTO idempotent_requests AS held (project_id, key, body_sha256, expires_at)
          VALUES ($1, $2, $3, now() + make_interval(secs => $4))
@@ -242,7 +249,7 @@ async fn reserve(db: &PgPool, identity: &Identity, streamed: bool) -> Result<Res
         identity.project_id,
         identity.key,
         identity.body_sha256,
-        patience,
+        RESERVED_SECONDS,
         identity.replays,
     )
     .fetch_optional(db)
@@ -265,6 +272,25 @@ async fn reserve(db: &PgPool, identity: &Identity, streamed: bool) -> Result<Res
     match (held.status.and_then(|status| StatusCode::from_u16(status as u16).ok()), held.response) {
         (Some(status), Some(response)) => Ok(Reservation::Answered { body_sha256: held.body_sha256, status, response }),
         _ => Ok(Reservation::Unanswered),
+    }
+}
+
+/// Renews the reservation for as long as its request is being answered.
+async fn stay_reserved(db: &PgPool, reserved: &Reserved) -> Infallible {
+    loop {
+        tokio::time::sleep(RENEWED).await;
+        let renewal = sqlx::query!(
+            "UPDATE idempotent_requests SET expires_at = now() + make_interval(secs => $4)
+             WHERE project_id = $1 AND key = $2 AND created_at = $3 AND status IS NULL",
+            reserved.identity.project_id,
+            reserved.identity.key,
+            reserved.since,
+            RESERVED_SECONDS,
+        );
+        // Where it cannot be, it runs out; what another makes meanwhile is then the only one.
+        if let Err(error) = answered(renewal.execute(db)).await {
+            tracing::warn!(%error, "a request's idempotency key could not be renewed");
+        }
     }
 }
 

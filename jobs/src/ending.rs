@@ -11,7 +11,7 @@ use crate::{
     events,
     lease::{Lease, LeaseError},
     publish::{self, Product},
-    queue, settle,
+    settle,
     state::{JobState, Kind, Outcome},
 };
 
@@ -237,7 +237,7 @@ async fn follow(
     }
     let (level, code, message) = describe(settled, ending, wait);
     events::append(tx, &lease.job_id, level, code, &message, &data).await?;
-    queue::notify(tx, &lease.job_id).await
+    settle::tell_runners(tx, &lease.job_id).await
 }
 
 fn describe(settled: &Settlement, ending: &Ending, wait: f64) -> (Level, &'static str, String) {

@@ -2,7 +2,7 @@
 //!
 //! Every function is one transaction, or a part of the caller's. A change of state is guarded by the
 //! state that it leaves and listed in [`crate::state::TRANSITIONS`]. Taking and ending work is in
-//! [`crate::lease`]. Locks are taken in one order, which `docs/job-states.md` states: an attempt, jobs as
+//! [`crate::lease`] and [`crate::ending`]. Locks are taken in one order, which `docs/job-states.md` states: an attempt, jobs as
 //! they were made, what they make.
 
 use lathe_model::protocol::Level;
@@ -10,9 +10,6 @@ use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 
 use crate::{events, replicas, settle, spec::Spec, state::JobState};
-
-/// Announces work or a control change to runners; the payload is the job's id.
-pub const CHANNEL: &str = "lathe_jobs";
 
 /// A job to enqueue. Ids of resources are lineage; the rows themselves are the caller's.
 #[derive(Clone, Debug)]
@@ -103,7 +100,7 @@ pub async fn enqueue(conn: &mut PgConnection, job: NewJob) -> Result<JobState, Q
     )
     .execute(&mut *tx)
     .await?;
-    notify(&mut tx, &job.id).await?;
+    settle::tell_runners(&mut tx, &job.id).await?;
     tx.commit().await?;
     Ok(state)
 }
@@ -226,11 +223,6 @@ pub async fn delete(conn: &mut PgConnection, job_id: &str) -> Result<Vec<String>
     Ok(folders)
 }
 
-/// Tells every runner that there is work, or that a job's state changed. Sent at the commit.
-pub async fn notify(conn: &mut PgConnection, job_id: &str) -> Result<(), sqlx::Error> {
-    sqlx::query!("SELECT pg_notify('lathe_jobs', $1) AS told", job_id).fetch_one(conn).await.map(drop)
-}
-
 async fn lock(conn: &mut PgConnection, job_id: &str) -> Result<JobState, TransitionError> {
     sqlx::query_scalar!(r#"SELECT state AS "state: JobState" FROM jobs WHERE id = $1 AND deleted_at IS NULL FOR UPDATE"#, job_id)
         .fetch_optional(conn)
@@ -256,6 +248,6 @@ async fn change(conn: &mut PgConnection, job_id: &str, from: JobState, to: JobSt
     if changed.rows_affected() != 1 {
         return Err(TransitionError::Illegal { from });
     }
-    notify(conn, job_id).await?;
+    settle::tell_runners(conn, job_id).await?;
     Ok(())
 }

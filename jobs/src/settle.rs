@@ -1,5 +1,5 @@
-//! What follows for others when a job ends: dependants are released or fail, and the dataset,
-//! tokenizer or model that it was to make becomes failed with it.
+//! What follows for others when a job ends: dependants are released or fail, the dataset, tokenizer or
+//! model that it was to make becomes failed with it, and runners are told.
 //!
 //! Every function runs in the transaction that ends the job, after the update that ends it. Several jobs
 //! are locked in the order in which they were made (`jobs.seq`), and resources after jobs.
@@ -8,7 +8,15 @@ use lathe_model::protocol::{Failure, FailureCode, Level};
 use serde_json::json;
 use sqlx::PgConnection;
 
-use crate::{events, queue};
+use crate::events;
+
+/// Announces work or a control change to runners; the payload is the job's id.
+pub const CHANNEL: &str = "lathe_jobs";
+
+/// Tells every runner that there is work, or that a job's state changed. Sent at the commit.
+pub async fn tell_runners(conn: &mut PgConnection, job_id: &str) -> Result<(), sqlx::Error> {
+    sqlx::query!("SELECT pg_notify('lathe_jobs', $1) AS told", job_id).fetch_one(conn).await.map(drop)
+}
 
 /// Queues the dependants of a job that has succeeded, where nothing else keeps them blocked.
 pub async fn release_dependants(conn: &mut PgConnection, job_id: &str) -> Result<(), sqlx::Error> {
@@ -40,7 +48,7 @@ pub async fn release(conn: &mut PgConnection, waiting: &[String]) -> Result<(), 
     .await?;
     for id in released {
         events::append(conn, &id, Level::Info, "job.queued", "Everything that the job needs is there.", &json!({})).await?;
-        queue::notify(conn, &id).await?;
+        tell_runners(conn, &id).await?;
     }
     Ok(())
 }

@@ -5,7 +5,17 @@
 //! a future that nothing has woken for long waits for something that does not come, and is given up
 //! ([`unless_stuck`]). What waits for something else that may take long says so ([`patient`]).
 
-use std::{future::poll_fn, io, pin::pin, task::Poll, time::Duration};
+use std::{
+    future::poll_fn,
+    io,
+    pin::pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, Wake, Waker},
+    time::Duration,
+};
 
 use sqlx::{
     Connection, PgConnection,
@@ -40,18 +50,49 @@ impl From<Stuck> for sqlx::Error {
 pub async fn unless_stuck<F: Future>(limit: Duration, future: F) -> Result<F::Output, Stuck> {
     let mut future = pin!(future);
     let mut silence = pin!(tokio::time::sleep(limit));
+    let bell = Arc::new(Bell { rung: AtomicBool::new(true), whom: Mutex::default() });
+    let waker = Waker::from(bell.clone());
     poll_fn(|cx| {
-        if let Poll::Ready(output) = future.as_mut().poll(cx) {
-            return Poll::Ready(Ok(output));
+        bell.hang(cx.waker());
+        // Polled for something else in the same task, the future has not been woken.
+        if bell.rung.swap(false, Ordering::AcqRel) {
+            if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
+                return Poll::Ready(Ok(output));
+            }
+            silence.as_mut().reset(tokio::time::Instant::now() + limit);
         }
-        if silence.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Err(Stuck));
-        }
-        // It was the future that woke this.
-        silence.as_mut().reset(tokio::time::Instant::now() + limit);
         silence.as_mut().poll(cx).map(|()| Err(Stuck))
     })
     .await
+}
+
+/// Remembers that a future was woken, and wakes whoever polls it.
+struct Bell {
+    rung: AtomicBool,
+    whom: Mutex<Option<Waker>>,
+}
+
+impl Bell {
+    fn hang(&self, waker: &Waker) {
+        let mut whom = self.whom.lock().unwrap_or_else(PoisonError::into_inner);
+        if !whom.as_ref().is_some_and(|known| known.will_wake(waker)) {
+            *whom = Some(waker.clone());
+        }
+    }
+}
+
+impl Wake for Bell {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.rung.store(true, Ordering::Release);
+        let whom = self.whom.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(waker) = whom {
+            waker.wake();
+        }
+    }
 }
 
 /// What the database answers, or that it does not.
@@ -127,6 +168,21 @@ mod tests {
             7
         };
         assert_eq!(unless_stuck(LIMIT, slow).await, Ok(7));
+    }
+
+    #[tokio::test]
+    async fn what_else_goes_on_in_its_task_wakes_nothing() {
+        let others = async {
+            loop {
+                tokio::time::sleep(LIMIT / 4).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            given_up = unless_stuck(LIMIT, std::future::pending::<()>()) => assert_eq!(given_up, Err(Stuck)),
+            () = others => {}
+            () = tokio::time::sleep(LIMIT * 20) => panic!("it waits for ever"),
+        }
     }
 
     #[tokio::test]

@@ -269,7 +269,7 @@ async fn a_form_is_repeated_by_its_content(db: PgPool) {
 
 #[sqlx::test(migrator = "lathe_api::MIGRATOR")]
 async fn an_unanswered_request_is_a_409_and_a_broken_one_is_forgotten(db: PgPool) {
-    let api = Api::start(db).await;
+    let api = Api::start(db.clone()).await;
     let mut stream = connect(&api).await;
     let half = half_a_form(&api, 10_000).replace("Host: lathe", "Host: lathe\r\nIdempotency-Key: one");
     send(&mut stream, &half).await;
@@ -278,6 +278,14 @@ async fn an_unanswered_request_is_a_409_and_a_broken_one_is_forgotten(db: PgPool
         || answer(api.request(Method::POST, "/v1/files").header("idempotency-key", "one").multipart(form("a.txt", b"abc")));
     let meanwhile = again().await;
     refused("while the first is being answered", &meanwhile, &[409]);
+    // However long that takes.
+    sqlx::query("UPDATE idempotent_requests SET expires_at = now() + interval '8 seconds'").execute(&db).await.unwrap();
+    let renewed = "SELECT bool_and(expires_at > now() + interval '30 seconds') FROM idempotent_requests";
+    let began = Instant::now();
+    while !sqlx::query_scalar::<_, bool>(renewed).fetch_one(&db).await.unwrap() {
+        assert!(began.elapsed() < PATIENCE, "the key is not renewed");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     assert_eq!(meanwhile.1["error"]["code"], "request_in_flight");
     drop(stream);
     let began = Instant::now();

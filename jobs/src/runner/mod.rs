@@ -8,6 +8,7 @@
 
 mod attempt;
 mod conversation;
+mod execute;
 mod lease_keeper;
 mod outbox;
 
@@ -29,7 +30,7 @@ use crate::{
     devices::{self, Device},
     housekeeping, ids,
     lease::{self, Claimant},
-    queue, reaper, replicas,
+    reaper, replicas, settle,
     state::Pool,
     store_id::{self, StoreError},
     waiting::{self, answered},
@@ -233,7 +234,7 @@ async fn listen(context: Arc<Context>) {
 
 async fn hear(context: &Context) -> Result<(), sqlx::Error> {
     let mut listener = PgListener::connect_with(&context.db).await?;
-    listener.listen_all([queue::CHANNEL, replicas::CHANNEL]).await?;
+    listener.listen_all([settle::CHANNEL, replicas::CHANNEL]).await?;
     loop {
         let heard = waiting::notification(&mut listener).await?;
         match &heard {
@@ -263,7 +264,7 @@ async fn claim_all(context: Arc<Context>, pool: Pool, slots: Vec<Device>) {
                 Some(claimed) => {
                     let context = context.clone();
                     attempts.spawn(async move {
-                        attempt::run(context, claimed, slot.clone()).await;
+                        execute::run(context, claimed, slot.clone()).await;
                         slot
                     });
                     full = false;

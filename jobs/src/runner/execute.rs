@@ -1,0 +1,218 @@
+//! One attempt from the claim to its end: a worker is started, and its ending settled.
+//!
+//! Three tasks share it. One renews the lease and learns where the job stands, one writes what waits
+//! in the [`Outbox`] ([`lease_keeper`]); this one talks with the worker ([`conversation`]) and never
+//! waits for the database. Whichever finds the lease lost says so, and the worker is killed.
+
+use std::{
+    fs,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+};
+
+use lathe_model::{
+    failure,
+    protocol::{Failure, FailureCode, Level},
+};
+use serde_json::json;
+use tokio::{sync::watch, task::JoinHandle};
+
+use super::{
+    attempt::{Attempt, Control},
+    conversation::converse,
+    lease_keeper::{self, RETRY, is_permanent},
+    outbox::Outbox,
+};
+use crate::{
+    artifacts,
+    child::{Child, Start},
+    context::Context,
+    devices::Device,
+    ending::{self, Ending},
+    lease::{Claimed, LeaseError},
+    metrics::Event,
+    run::{self, Prepared},
+    waiting::{self, answered},
+};
+
+/// Does what was claimed. Returns when the attempt has ended, here or for others.
+pub async fn run(context: Arc<Context>, claimed: Claimed, device: Device) {
+    let lease = claimed.lease.clone();
+    let staging = context.artifacts.staging(&lease.job_id, lease.attempt);
+    tracing::info!(job.id = lease.job_id, job.attempt = lease.attempt, job.kind = %claimed.kind, "claimed a job");
+    let attempt = Arc::new(Attempt {
+        outbox: Outbox::new(&staging),
+        control: watch::Sender::new(Control::Run),
+        step: AtomicI64::new(0),
+        keep_checkpoints: AtomicI64::new(i64::MAX),
+        context,
+        lease,
+    });
+    let beating = tokio::spawn(lease_keeper::renew(attempt.clone()));
+    let writing = tokio::spawn(lease_keeper::write_all(attempt.clone()));
+    let ending = work(&attempt, &claimed, &device, &staging).await;
+    attempt.outbox.close();
+    match ending {
+        Some(ending) => {
+            settle(&attempt, writing, &claimed, ending, &staging).await;
+        }
+        None => {
+            tracing::warn!(
+                job.id = attempt.lease.job_id,
+                job.attempt = attempt.lease.attempt,
+                "the lease was lost; the work is dropped"
+            );
+            writing.abort();
+        }
+    }
+    beating.abort();
+    let _ = waiting::blocking(move || fs::remove_dir_all(staging)).await;
+}
+
+/// Writes out what waits, then ends the attempt, as long as it takes; gives up only when the runner
+/// itself has to go, and then the lease runs out.
+async fn settle(attempt: &Attempt, mut writing: JoinHandle<()>, claimed: &Claimed, ending: Ending, staging: &Path) {
+    let ended = async {
+        if (&mut writing).await.is_err() {
+            tracing::error!(job.id = attempt.lease.job_id, "the task that writes reports ended by itself");
+        }
+        run::note_bad_rows(&attempt.context.db, claimed, staging).await;
+        end(attempt, ending).await;
+    };
+    tokio::select! {
+        () = ended => {}
+        () = attempt.context.must_go() => {
+            writing.abort();
+            tracing::error!(job.id = attempt.lease.job_id, "the runner stops before the database took this attempt's end");
+        }
+    }
+}
+
+async fn end(attempt: &Attempt, mut ending: Ending) {
+    if let Ending::Succeeded(product) = &ending
+        && let Some(folder) = product.folder().map(Path::to_owned)
+    {
+        // Written through to disk before the attempt is held, which is then only for a rename.
+        let _ = waiting::blocking(move || artifacts::sync_tree(&folder)).await;
+    }
+    let (lease, context) = (&attempt.lease, &attempt.context);
+    loop {
+        let finished = match context.db.acquire().await {
+            Ok(mut conn) => answered(ending::finish(&mut conn, &context.artifacts, lease, ending.clone())).await,
+            Err(error) => Err(error.into()),
+        };
+        match finished {
+            Ok(state) => {
+                return tracing::info!(job.id = lease.job_id, job.attempt = lease.attempt, job.state = %state, "ended an attempt");
+            }
+            Err(LeaseError::Lost) => {
+                return tracing::warn!(job.id = lease.job_id, job.attempt = lease.attempt, "the attempt had ended already");
+            }
+            Err(LeaseError::Artifact(error)) => {
+                tracing::error!(job.id = lease.job_id, %error, "the result could not be published");
+                ending = Ending::Failed(publishing_failed(&error));
+            }
+            Err(LeaseError::Database(error)) if is_permanent(&error) => {
+                tracing::error!(job.id = lease.job_id, %error, "the end of an attempt was refused");
+                let message = "The result could not be recorded; the log of the runner says why.";
+                ending = Ending::Failed(failure::retryable(FailureCode::Internal, message));
+                tokio::time::sleep(RETRY).await;
+            }
+            Err(LeaseError::Database(error)) => {
+                tracing::warn!(job.id = lease.job_id, %error, "the end of an attempt waits for the database");
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+    }
+}
+
+fn publishing_failed(error: &artifacts::ArtifactError) -> Failure {
+    match error.is_disk_full() {
+        true => failure::retryable(
+            FailureCode::DiskFull,
+            "The disk has no room for the result. Free some space, then resume or repeat the job.",
+        ),
+        false => failure::retryable(FailureCode::Internal, "The result could not be published; the log of the runner says why."),
+    }
+}
+
+/// Prepares the task and sees its worker through; `None`: the lease is lost.
+async fn work(attempt: &Attempt, claimed: &Claimed, device: &Device, staging: &Path) -> Option<Ending> {
+    let mut control = attempt.control.subscribe();
+    let prepared = tokio::select! {
+        prepared = prepare(attempt, claimed, device, staging) => prepared,
+        () = lost(&mut control) => return None,
+        () = attempt.context.must_go() => return Some(Ending::Interrupted),
+    };
+    let prepared = match prepared {
+        Ok(prepared) => prepared,
+        Err(failure) => return Some(Ending::Failed(failure)),
+    };
+    attempt.keep_checkpoints.store(prepared.keep_checkpoints, Ordering::Relaxed);
+    if let Some(step) = prepared.resumed_step {
+        let message = format!("Goes on from the checkpoint of step {step}.");
+        attempt.step.store(step, Ordering::Relaxed);
+        attempt.outbox.gather(true, |batch| {
+            batch.events.push(Event::new(Level::Info, "checkpoint.resumed", &message, json!({ "step": step })))
+        });
+    }
+    for step in &prepared.unreadable {
+        let message = format!("The checkpoint of step {step} is damaged; an earlier one is used.");
+        attempt.outbox.gather(true, |batch| {
+            batch.events.push(Event::new(Level::Warn, "checkpoint.unreadable", &message, json!({ "step": step })))
+        });
+    }
+    let log = attempt.context.artifacts.log(&attempt.lease.job_id, attempt.lease.attempt);
+    let start = Start {
+        program: attempt.context.config.program.clone(),
+        arguments: vec!["worker".into()],
+        environment: environment(prepared.worker.threads),
+        log: log.clone(),
+        bounds: prepared.bounds,
+    };
+    match Child::start(start).await {
+        Ok(child) => converse(attempt, child, &prepared, &mut control, &log).await,
+        Err(error) => {
+            tracing::error!(job.id = attempt.lease.job_id, %error, "a worker could not be started");
+            let message = "The worker could not be started; the log of the runner says why.";
+            Some(Ending::Failed(failure::retryable(FailureCode::WorkerCrashed, message)))
+        }
+    }
+}
+
+/// Resolves when the lease is lost.
+async fn lost(control: &mut watch::Receiver<Control>) {
+    let _ = control.wait_for(|asked| *asked == Control::LeaseLost).await;
+}
+
+/// Asks until the database answers.
+async fn prepare(attempt: &Attempt, claimed: &Claimed, device: &Device, staging: &Path) -> Result<Prepared, Failure> {
+    loop {
+        match answered(run::prepare(&attempt.context, claimed, device, staging)).await {
+            Ok(prepared) => return Ok(prepared),
+            Err(run::PrepareError::Failure(failure)) => return Err(failure),
+            Err(run::PrepareError::Database(error)) => {
+                tracing::warn!(job.id = attempt.lease.job_id, %error, "a job waits for the database");
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+    }
+}
+
+/// What bits depend on is set before the child's first tensor. Threads that wait for one another sleep
+/// after some microseconds: where other programs need the cores too, waiting on one that is not
+/// scheduled would cost a step many times its work.
+fn environment(threads: usize) -> Vec<(&'static str, String)> {
+    vec![
+        ("CUBLAS_WORKSPACE_CONFIG", ":4096:8".into()),
+        ("MKL_CBWR", "AUTO".into()),
+        ("OMP_NUM_THREADS", threads.to_string()),
+        ("GOMP_SPINCOUNT", "1000".into()),
+        ("MKL_NUM_THREADS", threads.to_string()),
+        ("RAYON_NUM_THREADS", threads.to_string()),
+        ("TOKENIZERS_PARALLELISM", "true".into()),
+    ]
+}
