@@ -19,7 +19,7 @@ use crate::{
     artifacts::{ArtifactError, Artifacts, SHARDS},
     checkpoints,
     publish::blocking,
-    waiting::{self, answered},
+    waiting::{self, unless_stuck},
 };
 
 const EVERY: Duration = Duration::from_secs(600);
@@ -69,8 +69,11 @@ pub async fn run(db: PgPool, artifacts: Artifacts, disk_low_bytes: u64) {
             Ok(Ok(disk)) if disk.low => CacheLimits { bytes: 0, ..CacheLimits::default() },
             _ => CacheLimits::default(),
         };
-        if let Err(error) = answered(sweep(&db, &artifacts, cache)).await {
-            tracing::warn!(%error, "housekeeping could not finish its round");
+        // Its questions are asked of whole tables, so they may take long.
+        match unless_stuck(EVERY, sweep(&db, &artifacts, cache)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "housekeeping could not finish its round"),
+            Err(stuck) => tracing::warn!(error = %stuck, "housekeeping gave its round up"),
         }
         tokio::time::sleep(EVERY).await;
     }

@@ -106,6 +106,23 @@ async fn a_body_that_stops_arriving_is_a_408_and_leaves_nothing(db: PgPool) {
     assert_eq!(api.get("/v1/files").await.1["data"], json!([]));
 }
 
+/// How long a body may pause is one limit, how long a handler may hear nothing another.
+#[sqlx::test(migrator = "lathe_api::MIGRATOR")]
+async fn a_client_that_pauses_is_no_database_that_does_not_answer(db: PgPool) {
+    let config = ApiConfig {
+        idle_body_timeout: Duration::from_secs(4),
+        stuck_after: Duration::from_millis(1_500),
+        ..ApiConfig::default()
+    };
+    let api = Api::start_with(db, config).await;
+    let form = half_a_form(&api, 10_000);
+    for form in [form.replace("Host: lathe", "Host: lathe\r\nIdempotency-Key: one"), form] {
+        let mut stream = connect(&api).await;
+        send(&mut stream, &form).await;
+        assert_eq!(read_answer(&mut stream).await.0, 408);
+    }
+}
+
 #[sqlx::test(migrator = "lathe_api::MIGRATOR")]
 async fn a_client_that_goes_away_leaves_nothing(db: PgPool) {
     let api = Api::start(db).await;

@@ -16,7 +16,7 @@ use tokio::{
 struct State {
     frozen: bool,
     /// Freezes when a client sends this.
-    trigger: Option<&'static str>,
+    trigger: Option<String>,
 }
 
 /// Forwards connections until the process ends, on a thread of its own: tests block theirs.
@@ -51,6 +51,10 @@ impl Network {
         options.host("127.0.0.1").port(self.address.port())
     }
 
+    pub fn is_frozen(&self) -> bool {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).frozen
+    }
+
     fn set(&self, state: State) {
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
@@ -61,8 +65,8 @@ impl Network {
     }
 
     /// Freezes as soon as a client sends `text`, which does not arrive.
-    pub fn freeze_at(&self, text: &'static str) {
-        self.set(State { frozen: false, trigger: Some(text) });
+    pub fn freeze_at(&self, text: &str) {
+        self.set(State { frozen: false, trigger: Some(text.to_owned()) });
     }
 
     /// New connections work again, and those that have lost nothing.
@@ -97,8 +101,8 @@ async fn forward(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unp
 
 fn swallows(state: &Mutex<State>, sent: &[u8], is_client: bool) -> bool {
     let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-    let meets = |text: &str| is_client && sent.windows(text.len()).any(|part| part == text.as_bytes());
-    if state.trigger.is_some_and(meets) {
+    let meets = |text: &String| is_client && sent.windows(text.len()).any(|part| part == text.as_bytes());
+    if state.trigger.as_ref().is_some_and(meets) {
         *state = State { frozen: true, trigger: None };
     }
     state.frozen
