@@ -12,6 +12,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <dlfcn.h>
 #include <string>
@@ -138,11 +139,11 @@ struct DocumentAttention : torch::autograd::Function<DocumentAttention> {
       if (thread == threads || i >= count) return count * groups;
       return i * groups + (cost - costs[i] * groups) / (costs[i + 1] - costs[i]);
     };
-    const int64_t floats = attention_kernels().scratch_floats(longest, dim);
+    const auto scratch = at::empty({threads, attention_kernels().scratch_floats(longest, dim)}, at::kFloat);
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(floats);
+      auto* own = elements<float>(scratch) + begin * scratch.stride(0);
       for (int64_t item = border(begin); item < border(end); item++)
-        run(item % groups, spans + 2 * (item / groups), scratch.data());
+        run(item % groups, spans + 2 * (item / groups), own);
     });
   }
 

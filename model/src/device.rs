@@ -77,11 +77,12 @@ pub fn upload(tensor: Tensor, device: Device) -> Tensor {
     }
 }
 
-/// Whether bf16 products are native here: on the CPU by its instructions, on CUDA from Ampere on.
+/// Whether bf16 products are native here: on the CPU by its instructions; of CUDA it is taken for granted, as it
+/// holds from Ampere on.
 pub fn has_bf16(device: Device) -> bool {
     if device.is_cuda() {
         return true;
     }
     let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    flags.contains("avx512_bf16") || flags.contains("amx_bf16")
+    flags.split_whitespace().any(|flag| ["avx512_bf16", "amx_bf16", "bf16"].contains(&flag))
 }

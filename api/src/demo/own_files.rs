@@ -52,7 +52,7 @@ async fn dataset(client: &Client, stage: &mut Stage, name: &str, path: &Path) ->
 
 fn hyperparameters(steps: u64, peak: f64, seed: u64) -> Value {
     json!({
-        "steps": steps, "batch_size": 8, "precision": "fp32", "seed": seed,
+        "steps": steps, "batch_size": 8, "seed": seed,
         "schedule": {"type": "cosine", "peak": peak, "warmup_steps": steps / 20, "floor": peak / 10.0},
         "evaluate_every": steps / 4, "keep_checkpoints": 1
     })

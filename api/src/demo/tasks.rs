@@ -102,11 +102,10 @@ fn tune_body(dataset: &str, base_model: &str, seed: u64) -> Value {
     })
 }
 
-/// `batch_size` counts sequences of 64 tokens, of which each holds two or three rows. At this size
-/// fp32 is faster than bf16: the cost of a step is in its number of kernels.
+/// `batch_size` counts sequences of 64 tokens, of which each holds two or three rows.
 fn hyperparameters(steps: u64, batch_size: u64, seed: u64) -> Value {
     json!({
-        "steps": steps, "batch_size": batch_size, "precision": "fp32", "seed": seed,
+        "steps": steps, "batch_size": batch_size, "seed": seed,
         "schedule": {"type": "cosine", "peak": 3e-3, "warmup_steps": steps / 20, "floor": 1.5e-4},
         "keep_checkpoints": 1
     })

@@ -1,9 +1,8 @@
 //! Fills what a request left open, once, from the data and the device.
 //!
 //! The rules: one epoch where neither steps nor epochs are given; a warm-up of 2 % of the steps; an
-//! evaluation every twentieth of the steps; bf16 where the device computes it natively, except on a
-//! CPU for models narrower than 256, which fp32 trains faster because casting outweighs the products;
-//! the largest micro-batch that divides the batch and fits an estimate of the memory.
+//! evaluation every twentieth of the steps; bf16 where the device computes it natively; the largest
+//! micro-batch that divides the batch and fits an estimate of the memory.
 
 use tch::Device;
 
@@ -11,8 +10,6 @@ use crate::{
     config::{Activation, ModelConfig, Precision, Schedule, TrainConfig},
     device,
 };
-
-const NARROW_WIDTH: i64 = 256;
 
 /// Larger micro-batches leave a CPU's caches and gain nothing.
 const CPU_MICRO_BATCH_TOKENS: u64 = 16_384;
@@ -33,18 +30,14 @@ pub fn resolve(train: &mut TrainConfig, model: &ModelConfig, sequences: u64, val
             warmup_steps.get_or_insert(steps.div_ceil(50));
         }
     }
-    let precision = *train.precision.get_or_insert_with(|| precision(model, device));
+    let precision =
+        *train.precision.get_or_insert_with(|| if device::has_bf16(device) { Precision::Bf16 } else { Precision::Fp32 });
     if validates || !train.sample_prompts.is_empty() {
         let every = *train.evaluate_every.get_or_insert(steps.div_ceil(20));
         train.sample_every.get_or_insert(every);
     }
     let (batch, budget) = (train.batch_size, activation_budget(device));
     train.micro_batch_size.get_or_insert_with(|| largest_micro_batch(model, batch, precision, budget, device));
-}
-
-fn precision(model: &ModelConfig, device: Device) -> Precision {
-    let narrow = !device.is_cuda() && model.width < NARROW_WIDTH;
-    if device::has_bf16(device) && !narrow { Precision::Bf16 } else { Precision::Fp32 }
 }
 
 fn largest_micro_batch(model: &ModelConfig, batch: u64, precision: Precision, budget: u64, device: Device) -> u64 {

@@ -12,6 +12,7 @@ use crate::{
         packing::Piece,
         rows::{Row, Turn, Writer},
     },
+    device,
     protocol::{Command, DeviceChoice, FailureCode, MetricRow},
     tokenizer::{self, Tokenizer},
 };
@@ -525,7 +526,8 @@ fn an_open_spec_is_resolved_and_epochs_become_steps() {
     });
     let (spec, tokens) = resolved.unwrap();
     assert_eq!(spec.model.vocabulary, bench.vocabulary);
-    assert_eq!(spec.train.precision, Some(Precision::Fp32));
+    let native = if device::has_bf16(tch::Device::Cpu) { Precision::Bf16 } else { Precision::Fp32 };
+    assert_eq!(spec.train.precision, Some(native));
     assert_eq!(spec.train.micro_batch_size, Some(4));
     let rows = metrics(&reports);
     assert_eq!(spec.train.steps, Some(rows.len() as u64));
