@@ -118,7 +118,8 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stat
 }
 
 /// A pool that closes connections which come back in the middle of something and do not get out of it; by
-/// itself it would wait for them, and in the end have none left.
+/// itself it would wait for them, and in the end have none left. It asks each of them once more, without a
+/// deadline that could be set: what is lost between the two questions is given back when TCP gives up.
 pub fn pool_options() -> PgPoolOptions {
     PgPoolOptions::new().after_release(|conn, _| Box::pin(is_in_order(conn)))
 }
