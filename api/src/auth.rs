@@ -1,14 +1,7 @@
 //! Who asks: bearer keys, hashed at rest, looked up before any body is read.
 //!
 //! [`require_key`] wraps every route under `/v1`, so none can forget it; [`Project`] and [`Admin`]
-//! hand the caller to a handler. A looked-up key is remembered for [`REMEMBERED`], which bounds how
-//! long a revoked key goes on working in another process. Secrets are never stored or logged.
-
-use std::{
-    collections::HashMap,
-    sync::{Mutex, PoisonError},
-    time::{Duration, Instant},
-};
+//! hand the caller to a handler. Secrets are never stored or logged.
 
 use axum::{
     extract::{FromRequestParts, Request, State},
@@ -18,44 +11,14 @@ use axum::{
 };
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use lathe_jobs::ids;
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
-use utoipa::ToSchema;
 
+pub use crate::caller::{Project, Scope};
 use crate::{problem::ApiError, state::AppState};
-
-/// How long a looked-up key is trusted without asking again.
-pub const REMEMBERED: Duration = Duration::from_secs(2);
 
 /// The id of the project that the bootstrap key belongs to.
 pub const DEFAULT_PROJECT: &str = "proj_default";
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Scope {
-    /// Everything of its project, and the installation: projects, keys, runners, metrics.
-    Admin,
-    /// Everything of its project.
-    Project,
-}
-
-impl Scope {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Scope::Admin => "admin",
-            Scope::Project => "project",
-        }
-    }
-}
-
-/// The caller, with the project that all it does is confined to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Project {
-    pub project_id: String,
-    pub key_id: String,
-    pub scope: Scope,
-}
 
 /// A caller whose key has the scope `admin`.
 #[derive(Clone, Debug)]
@@ -114,29 +77,6 @@ async fn caller(state: &AppState, headers: &HeaderMap) -> Result<Project, ApiErr
 
 fn hash(secret: &str) -> String {
     hex::encode(Sha256::digest(secret))
-}
-
-/// Keys that were looked up a moment ago, by hash.
-#[derive(Debug, Default)]
-pub struct KeyCache(Mutex<HashMap<String, (Instant, Project)>>);
-
-impl KeyCache {
-    fn get(&self, hash: &str) -> Option<Project> {
-        let cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        cache.get(hash).filter(|(seen, _)| seen.elapsed() < REMEMBERED).map(|(_, caller)| caller.clone())
-    }
-
-    fn put(&self, hash: String, caller: Project) {
-        let mut cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        cache.retain(|_, (seen, _)| seen.elapsed() < REMEMBERED);
-        cache.insert(hash, (Instant::now(), caller));
-    }
-
-    /// Forgets a key that was just revoked here.
-    pub fn forget(&self, key_id: &str) {
-        let mut cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        cache.retain(|_, (_, caller)| caller.key_id != key_id);
-    }
 }
 
 /// A key just made; the only moment at which its secret is known.

@@ -6,6 +6,7 @@
 //! the OpenAPI document ([`openapi`]) shows. Refusals are [`problem::ApiError`]s.
 
 pub mod auth;
+pub mod caller;
 pub mod children;
 mod commit;
 pub mod config;
@@ -35,7 +36,9 @@ pub mod schema;
 pub mod server;
 pub mod state;
 pub mod supervisor;
+pub mod tokenizer_cache;
 pub mod train_request;
+mod unqueried;
 
 /// The schema, embedded in the binary.
 pub static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../migrations");

@@ -21,7 +21,7 @@ use axum::{
 use lathe_jobs::artifacts::Upload;
 use sha2::{Digest, Sha256};
 
-use crate::{parse, problem::ApiError, routes::health, state::AppState};
+use crate::{parse, problem::ApiError, state::AppState};
 
 /// Bytes of a text field, and how many fields a form may have.
 const TEXT_LIMIT: usize = 64 << 10;
@@ -107,7 +107,7 @@ async fn admit(state: &AppState, headers: &HeaderMap, limit: u64) -> Result<(), 
     if announced > limit.saturating_add(OTHERS_LIMIT) {
         return Err(ApiError::too_large("The file", limit));
     }
-    let free = health::free_bytes(state).await.map_err(ApiError::internal)?;
+    let free = state.free_bytes().await.map_err(ApiError::internal)?;
     if announced > free { Err(ApiError::insufficient_storage()) } else { Ok(()) }
 }
 

@@ -4,14 +4,8 @@
 //! (unless it is one of the public ones, which say so themselves) and the refusals that any
 //! operation can give, so that routes state only what is particular to them.
 
-use std::collections::HashSet;
-
-use axum::http::Method;
 use serde_json::{Map, Value, json};
-use utoipa::{
-    PartialSchema, ToSchema,
-    openapi::{OpenApi, RefOr, path::ParameterIn},
-};
+use utoipa::{PartialSchema, ToSchema, openapi::OpenApi};
 
 use crate::{idempotency::CREATIONS, problem::ErrorBody, routes};
 
@@ -24,27 +18,6 @@ pub const ADMIN_TAGS: [&str; 2] = ["projects", "operating"];
 /// The whole document, as `/openapi.json` and `lathe openapi` show it.
 pub fn document() -> Value {
     finish(routes::routes().into_openapi())
-}
-
-/// The operations that take a query, by method and path.
-pub fn queried(document: &OpenApi) -> HashSet<(Method, String)> {
-    let mut queried = HashSet::new();
-    for (path, item) in &document.paths.paths {
-        let operations = [
-            (Method::GET, &item.get),
-            (Method::POST, &item.post),
-            (Method::PUT, &item.put),
-            (Method::PATCH, &item.patch),
-            (Method::DELETE, &item.delete),
-        ];
-        for (method, operation) in operations {
-            let mut parameters = operation.iter().flat_map(|operation| operation.parameters.iter().flatten());
-            if parameters.any(|parameter| matches!(parameter, RefOr::T(one) if one.parameter_in == ParameterIn::Query)) {
-                queried.insert((method, path.clone()));
-            }
-        }
-    }
-    queried
 }
 
 /// Completes the router's own document.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    io,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -11,7 +12,7 @@ use lathe_jobs::{artifacts::Artifacts, waiting};
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio_util::sync::CancellationToken;
 
-use crate::{auth::KeyCache, event_hub::EventHub, routes::tokenizers::TokenizerCache};
+use crate::{caller::KeyCache, event_hub::EventHub, tokenizer_cache::TokenizerCache};
 
 /// The API's limits and switches, each a flag of `lathe api`.
 #[derive(Clone, Debug)]
@@ -112,6 +113,15 @@ impl AppState {
             events: Arc::default(),
             shutdown: CancellationToken::new(),
         }
+    }
+
+    /// Bytes free to this process on the artifacts' file system.
+    pub async fn free_bytes(&self) -> io::Result<u64> {
+        let root = self.artifacts.root().to_owned();
+        let found = waiting::blocking(move || nix::sys::statvfs::statvfs(&root)).await.map_err(io::Error::other)??;
+        // Both are u64 on Linux and narrower elsewhere.
+        #[allow(clippy::useless_conversion)]
+        Ok(u64::from(found.blocks_available()) * u64::from(found.fragment_size()))
     }
 }
 

@@ -19,6 +19,7 @@ use std::{
 
 use lathe_model::{
     config::{JobSpec, Method, Objective, Optimizer, Precision, SPEC_VERSION, Schedule, Template, TrainConfig},
+    control::{Control, Reporter},
     data::{
         batch::{Batch, Order},
         packing::{self, Packing},
@@ -29,7 +30,6 @@ use lathe_model::{
     shim,
     tokenizer::{self, Tokenizer},
     train,
-    worker::{Control, Reporter},
 };
 use serde_json::json;
 use tch::{Device, Tensor};

@@ -28,7 +28,7 @@ use crate::{
     optim::Adamw,
     protocol::{Failure, FailureCode, Numerics},
     pulse,
-    train::TrainState,
+    train::state::TrainState,
 };
 
 const FORMAT: u32 = 1;

@@ -5,6 +5,7 @@
 pub mod arch;
 pub mod checkpoint;
 pub mod config;
+pub mod control;
 pub mod data;
 pub mod device;
 pub mod engine;

@@ -98,7 +98,7 @@ async fn check_migrations(state: &AppState) -> Check {
 
 async fn check_disk(state: &AppState) -> Check {
     let low = state.config.disk_low_bytes;
-    let (ok, detail) = match free_bytes(state).await {
+    let (ok, detail) = match state.free_bytes().await {
         Ok(free) if free >= low => (true, format!("{free} bytes free")),
         Ok(free) => (false, format!("{free} bytes are free and the low mark is {low}; delete what is no longer needed")),
         Err(error) => {
@@ -124,14 +124,4 @@ async fn check_runners(state: &AppState) -> Check {
         Err(_) => (false, "the runners cannot be read".to_owned()),
     };
     Check { name: "runners", ok, detail }
-}
-
-/// Bytes free to this process on the artifacts' file system.
-pub(crate) async fn free_bytes(state: &AppState) -> std::io::Result<u64> {
-    let root = state.artifacts.root().to_owned();
-    let found =
-        lathe_jobs::waiting::blocking(move || nix::sys::statvfs::statvfs(&root)).await.map_err(std::io::Error::other)??;
-    // Both are u64 on Linux and narrower elsewhere.
-    #[allow(clippy::useless_conversion)]
-    Ok(u64::from(found.blocks_available()) * u64::from(found.fragment_size()))
 }

@@ -10,7 +10,6 @@ use axum::{
 use subtle::ConstantTimeEq;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::health;
 use crate::{
     auth::{self, Admin},
     parse,
@@ -87,7 +86,7 @@ async fn render(state: &AppState) -> Result<String, ApiError> {
     )
     .fetch_all(&state.db)
     .await?;
-    let free = health::free_bytes(state).await.map_err(ApiError::internal)?;
+    let free = state.free_bytes().await.map_err(ApiError::internal)?;
     let requests = state.requests.snapshot();
     let one = |value: f64| vec![(String::new(), value)];
     let families = [

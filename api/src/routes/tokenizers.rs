@@ -3,10 +3,7 @@
 //! Encoding runs off tokio's threads, with tokenizers kept in memory once loaded (they never change).
 //! Text is always text: no spelling of a special token becomes its id.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::sync::Arc;
 
 use axum::{Json, extract::State, http::StatusCode};
 use lathe_jobs::{
@@ -35,9 +32,6 @@ use crate::{
     resource::{self, Deleted, FailureDetail, ListQuery, StateName},
     state::AppState,
 };
-
-/// Tokenizers kept in memory; the least recently used goes first.
-const KEPT: usize = 16;
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
@@ -505,42 +499,4 @@ pub(super) async fn ready(state: &AppState, project_id: &str, id: &str) -> Resul
     let (cache, folder) = (state.tokenizers.clone(), state.artifacts.path(&artifact));
     let loaded = lathe_jobs::waiting::blocking(move || cache.get_or_load(&artifact, || Tokenizer::load(&folder)));
     loaded.await.map_err(ApiError::internal)?.map_err(ApiError::internal)
-}
-
-/// Loaded tokenizers by artifact key. An artifact never changes, so nothing here goes stale.
-#[derive(Default)]
-pub struct TokenizerCache(Mutex<Kept>);
-
-#[derive(Default)]
-struct Kept {
-    clock: u64,
-    tokenizers: HashMap<String, (u64, Arc<Tokenizer>)>,
-}
-
-impl TokenizerCache {
-    /// The tokenizer at `key`; loaded outside the lock, so a slow load delays nobody else.
-    pub fn get_or_load<E>(&self, key: &str, load: impl FnOnce() -> Result<Tokenizer, E>) -> Result<Arc<Tokenizer>, E> {
-        if let Some(tokenizer) = self.touch(key) {
-            return Ok(tokenizer);
-        }
-        let tokenizer = Arc::new(load()?);
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.clock += 1;
-        let clock = kept.clock;
-        kept.tokenizers.insert(key.to_owned(), (clock, tokenizer.clone()));
-        if kept.tokenizers.len() > KEPT {
-            let oldest = kept.tokenizers.iter().min_by_key(|(_, (used, _))| *used).map(|(key, _)| key.clone());
-            oldest.and_then(|oldest| kept.tokenizers.remove(&oldest));
-        }
-        Ok(tokenizer)
-    }
-
-    fn touch(&self, key: &str) -> Option<Arc<Tokenizer>> {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.clock += 1;
-        let clock = kept.clock;
-        let (used, tokenizer) = kept.tokenizers.get_mut(key)?;
-        *used = clock;
-        Some(tokenizer.clone())
-    }
 }

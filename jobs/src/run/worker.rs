@@ -5,9 +5,9 @@
 //! ends at once, and writes nothing more.
 
 use lathe_model::{
+    control::{Control, Reporter},
     failure,
     protocol::{Failure, FailureCode, Level, TaskResult},
-    worker::{Control, Reporter},
 };
 
 use super::ingest::{self, IngestProgress, IngestSpec};

@@ -5,15 +5,15 @@ use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
-use super::{Halt, run::Run};
+use super::{halt::Halt, run::Run};
 use crate::{
     arch::gpt::Pass,
     config::Method,
+    control::{Control, Reporter},
     data::batch::Batch,
     nn::AttentionPlan,
     protocol::{Phase, Report},
     pulse, template,
-    worker::{Control, Reporter},
 };
 
 /// A validation set is read whole up to this many sequences; of a larger one as many, evenly spaced

@@ -1,44 +1,24 @@
 //! Training: the loop, on one screen.
 //!
-//! A run is (spec, data, model, optimiser, [`TrainState`]); every number that it computes is a
-//! function of these, so a run resumed from a checkpoint equals an uninterrupted one bit for bit on
-//! equal [`Numerics`](crate::protocol::Numerics). The loop knows no database: it reports, and looks
+//! A run is (spec, data, model, optimiser, [`TrainState`](state::TrainState)); every number that it
+//! computes is a function of these, so a run resumed from a checkpoint equals an uninterrupted one
+//! bit for bit on equal [`Numerics`](crate::protocol::Numerics). The loop knows no database: it reports, and looks
 //! at [`Control`] between micro-batches.
 
 mod divergence;
 mod evaluate;
+mod halt;
 mod prepare;
 mod resolve;
 mod run;
-mod state;
+pub mod state;
 
 use crate::{
-    protocol::{Failure, Level, Phase, Report, TaskResult, TrainTask},
-    shim::TensorError,
-    worker::{Control, Reporter},
+    control::{Control, Reporter},
+    protocol::{Level, Phase, Report, TaskResult, TrainTask},
 };
+pub use halt::Halt;
 use run::Run;
-pub use state::TrainState;
-
-/// Why a run ended before its last step.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Halt {
-    /// Asked to stop, or the runner is gone.
-    Stopped,
-    Failed(Failure),
-}
-
-impl From<Failure> for Halt {
-    fn from(failure: Failure) -> Halt {
-        Halt::Failed(failure)
-    }
-}
-
-impl From<TensorError> for Halt {
-    fn from(error: TensorError) -> Halt {
-        Halt::Failed(error.into())
-    }
-}
 
 /// Trains to the last step. Stopped by a pause, it saves the last finished step first.
 ///

@@ -3,13 +3,15 @@
 use std::path::Path;
 
 use super::{
-    Halt, resolve,
-    run::{Data, Run},
+    halt::Halt,
+    resolve,
+    run::{Data, Parts, Run},
 };
 use crate::{
     arch::{Gpt, gpt},
     checkpoint,
     config::{Method, Precision, Validation},
+    control::Reporter,
     data::{
         packing::{self, Packing, Split},
         shards::{Shard, Source},
@@ -20,7 +22,6 @@ use crate::{
     protocol::{Failure, FailureCode, Level, Numerics, Report, TrainTask},
     shim,
     tokenizer::Tokenizer,
-    worker::Reporter,
 };
 
 /// Builds the data, resolves the spec, builds the model and reads what it starts from.
@@ -50,19 +51,6 @@ pub fn prepare(task: &TrainTask, threads: usize, report: &mut Reporter) -> Resul
     report.send(Report::Resolved { spec: Box::new(spec.clone()), trained_tokens_per_epoch: data.train.total_supervised() });
     tracing::info!(parameters = gpt::parameter_count(&spec.model), sequences = data.train.len(), "prepared");
     Ok(Run::new(task, Parts { spec, device, numerics, tokenizer, data, gpt, parameters, optimizer, state }))
-}
-
-/// What a run is made of.
-pub struct Parts {
-    pub spec: crate::config::JobSpec,
-    pub device: tch::Device,
-    pub numerics: Numerics,
-    pub tokenizer: Tokenizer,
-    pub data: Data,
-    pub gpt: Gpt,
-    pub parameters: Parameters,
-    pub optimizer: Adamw,
-    pub state: super::TrainState,
 }
 
 /// Takes over a base model's weights. The tokenizer is the base's own, or one that adds tokens to it.

@@ -8,11 +8,12 @@ use std::{
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Halt, TrainState, prepare::Parts};
+use super::{halt::Halt, state::TrainState};
 use crate::{
     arch::{Gpt, gpt::Pass},
     checkpoint::{self, Trained},
     config::{JobSpec, Method, Precision},
+    control::{Control, Reporter},
     data::{
         batch::{Batch, Order},
         packing::Packing,
@@ -25,7 +26,6 @@ use crate::{
     random::{self, Stream},
     shim::{self, Autocast},
     tokenizer::Tokenizer,
-    worker::{Control, Reporter},
 };
 
 /// Time between checkpoints where no number of steps is given.
@@ -62,6 +62,19 @@ struct Pending {
     /// The step itself and the wait for the one before it: no evaluation, no checkpoint. Known once
     /// the loop has come round.
     took: Option<Duration>,
+}
+
+/// What a run is made of.
+pub struct Parts {
+    pub spec: JobSpec,
+    pub device: Device,
+    pub numerics: Numerics,
+    pub tokenizer: Tokenizer,
+    pub data: Data,
+    pub gpt: Gpt,
+    pub parameters: Parameters,
+    pub optimizer: Adamw,
+    pub state: TrainState,
 }
 
 pub struct Run {

@@ -1,7 +1,7 @@
 //! `/v1/datasets`: rows made from files or by rule. Making one is a job; its row is there at once.
 //! What is inside a dataset is in [`contents`].
 
-mod contents;
+pub mod contents;
 mod source;
 
 use axum::{Json, extract::State, http::StatusCode};
@@ -36,7 +36,6 @@ pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(create_dataset, list_datasets))
         .routes(routes!(get_dataset, delete_dataset))
-        .merge(contents::router())
 }
 
 #[derive(Debug, Deserialize, ToSchema)]
