@@ -13,7 +13,7 @@ use crate::{
         rows::{Row, Turn, Writer},
     },
     device,
-    protocol::{Command, DeviceChoice, FailureCode, MetricRow},
+    protocol::{Command, DeviceChoice, Failure, FailureCode, MetricRow},
     tokenizer::{self, Tokenizer},
 };
 

@@ -33,9 +33,7 @@ use crate::{
 pub use source::SourceBody;
 
 pub fn router() -> OpenApiRouter<AppState> {
-    OpenApiRouter::new()
-        .routes(routes!(create_dataset, list_datasets))
-        .routes(routes!(get_dataset, delete_dataset))
+    OpenApiRouter::new().routes(routes!(create_dataset, list_datasets)).routes(routes!(get_dataset, delete_dataset))
 }
 
 #[derive(Debug, Deserialize, ToSchema)]
