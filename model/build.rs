@@ -17,7 +17,7 @@ fn main() {
     cc::Build::new()
         .cpp(true)
         .std("c++20")
-        .file("cpp/shim.cpp")
+        .files(["cpp/shim.cpp", "cpp/attend.cpp"])
         .include("cpp")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))

@@ -2,7 +2,8 @@
 //
 // Matrices in the scratch memory are fp32, their rows a whole number of vectors long and zero behind the
 // end. A document is read once; its queries then pass in blocks, each against the keys before its end.
-// Softmax needs no running maximum, since a block's scores fit into the cache: QUERIES x length numbers.
+// Softmax needs no running maximum, since a block's scores fit into the cache: QUERIES x length numbers. A single
+// query, as in a step of decoding, reads keys and values where they lie.
 // The backward pass computes them once more from the logarithms of their sums (Dao et al., arXiv 2205.14135).
 #include "attention.h"
 
@@ -74,16 +75,38 @@ float logarithm(float x) {
   return float(exponent * 0.693147180559945309 + 2 * s * series);
 }
 
+Vector load(const float* x) { return at(x); }
+
+Vector load(const BFloat16* x) {
+  typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16);
+}
+
+/// The first `count` numbers of a vector, then zeros.
+template <class T>
+Vector load(const T* x, int64_t count) {
+  Vector part{};
+  for (int64_t i = 0; i < count; i++) part[i] = as_float(x[i]);
+  return part;
+}
+
+/// What `join` makes of the two halves of a vector, of the halves of that, and so on.
+template <class Join>
+float fold(Vector x, Join join) {
+  x = join(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  x = join(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
+  x = join(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
+  x = join(x, __builtin_shufflevector(x, x, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0));
+  return x[0];
+}
+
 float sum(Vector x) {
-  float total = 0;
-  for (int i = 0; i < LANES; i++) total += x[i];
-  return total;
+  return fold(x, [](Vector a, Vector b) { return a + b; });
 }
 
 float greatest(Vector x) {
-  float most = x[0];
-  for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
-  return most;
+  return fold(x, [](Vector a, Vector b) { return a > b ? a : b; });
 }
 
 /// A matrix whose element (i, k) is `first[i * row + k * column]`.
@@ -171,8 +194,13 @@ struct Scratch {
   }
 };
 
-/// The most that any pass takes.
-int64_t scratch_floats(int64_t length, int64_t dim) {
+int64_t forward_floats(int64_t past, int64_t length, int64_t dim) {
+  const int64_t width = padded(dim), columns = padded(past + length);
+  const int64_t copies = length == 1 ? 0 : (2 * width + dim) * columns;
+  return copies + QUERIES * (2 * width + columns);
+}
+
+int64_t backward_floats(int64_t length, int64_t dim) {
   const int64_t width = padded(dim), columns = padded(length);
   return 4 * length * width + 2 * dim * columns + 4 * QUERIES * width + 2 * QUERIES * columns;
 }
@@ -205,28 +233,80 @@ float greatest_of(const float* scores, int64_t count) {
   return most;
 }
 
+/// Scores become weights, which sum to one once divided by the result. Behind `count` they are zero.
+float soften(float* scores, int64_t count, int64_t columns, float* log_sum) {
+  const float most = greatest_of(scores, count), total = exponentiate(scores, count, columns, most);
+  if (log_sum) *log_sum = most + logarithm(total);
+  return total;
+}
+
+/// The products of a query with `Keys` neighbouring keys.
+template <int Keys, class T>
+void score(const float* query, const T* keys, int64_t step, int64_t dim, float* scores) {
+  Vector sums[Keys]{};
+  int64_t c = 0;
+  for (; c + LANES <= dim; c += LANES)
+    for (int j = 0; j < Keys; j++) sums[j] += at(query + c) * load(keys + j * step + c);
+  for (int j = 0; j < Keys && c < dim; j++) sums[j] += at(query + c) * load(keys + j * step + c, dim - c);
+  for (int j = 0; j < Keys; j++) scores[j] = sum(sums[j]);
+}
+
+/// `N` vectors of the sum of `count` rows, each times its weight.
+template <int N, class T>
+void weigh(const float* weights, int64_t count, const T* rows, int64_t step, float* restrict to) {
+  Vector sums[N]{};
+  for (int64_t j = 0; j < count; j++)
+    for (int n = 0; n < N; n++) sums[n] += weights[j] * load(rows + j * step + n * LANES);
+  for (int n = 0; n < N; n++) at(to + n * LANES) = sums[n];
+}
+
+/// One query of each head.
+template <class T>
+void forward_one(const Document<T>& document, const Attended<T>& attended, float* memory) {
+  const auto [past, length, dim, heads, scale, queries, keys, values] = document;
+  const int64_t width = padded(dim), count = past + 1, columns = padded(count);
+  Scratch scratch{memory};
+  float *q = scratch.take(width), *out = scratch.take(width), *scores = scratch.take(columns);
+  for (int64_t head = 0; head < heads; head++) {
+    read(queries.first + head * queries.head_step, 0, 1, dim, scale, q);
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) score<4>(q, keys.first + j * keys.step, keys.step, dim, scores + j);
+    for (; j < count; j++) score<1>(q, keys.first + j * keys.step, keys.step, dim, scores + j);
+    const float total = soften(scores, count, columns, attended.log_sums ? attended.log_sums + head * attended.log_sum_step : nullptr);
+    int64_t c = 0;
+    for (; c + 4 * LANES <= dim; c += 4 * LANES) weigh<4>(scores, count, values.first + c, values.step, out + c);
+    for (; c + LANES <= dim; c += LANES) weigh<1>(scores, count, values.first + c, values.step, out + c);
+    if (c < dim) {
+      Vector rest{};
+      for (j = 0; j < count; j++) rest += scores[j] * load(values.first + j * values.step + c, dim - c);
+      at(out + c) = rest;
+    }
+    for (c = 0; c < width; c += LANES) at(out + c) /= total;
+    write(out, 1, dim, attended.outputs.first + head * attended.outputs.head_step, 0);
+  }
+}
+
 template <class T>
 void forward(const Document<T>& document, const Attended<T>& attended, float* memory) {
-  const auto [length, dim, heads, scale, queries, keys, values] = document;
-  const int64_t width = padded(dim), columns = padded(length);
+  if (document.length == 1) return forward_one(document, attended, memory);
+  const auto [past, length, dim, heads, scale, queries, keys, values] = document;
+  const int64_t width = padded(dim), all = past + length, columns = padded(all);
   Scratch scratch{memory};
-  float *k_ld = scratch.take(length * width), *k_dl = scratch.take(dim * columns), *v_ld = scratch.take(length * width);
+  float *k_ld = scratch.take(all * width), *k_dl = scratch.take(dim * columns), *v_ld = scratch.take(all * width);
   float *q_md = scratch.take(QUERIES * width), *o_md = scratch.take(QUERIES * width);
   float* scores_ml = scratch.take(QUERIES * columns);
-  read(keys.first, keys.step, length, dim, 1, k_ld);
-  transpose(k_ld, length, dim, k_dl);
-  read(values.first, values.step, length, dim, 1, v_ld);
+  read(keys.first, keys.step, all, dim, 1, k_ld);
+  transpose(k_ld, all, dim, k_dl);
+  read(values.first, values.step, all, dim, 1, v_ld);
   for (int64_t head = 0; head < heads; head++) {
     for (int64_t start = 0; start < length; start += QUERIES) {
-      const int64_t rows = least(QUERIES, length - start), end = start + rows, seen = padded(end);
+      const int64_t rows = least(QUERIES, length - start), end = past + start + rows, seen = padded(end);
       read(queries.first + head * queries.head_step + start * queries.step, queries.step, rows, dim, scale, q_md);
       product<false>({q_md, width, 1}, k_dl, columns, scores_ml, columns, rows, seen, dim);
       float sums[QUERIES];
       for (int64_t i = 0; i < rows; i++) {
-        float* scores = scores_ml + i * columns;
-        const float most = greatest_of(scores, start + i + 1);
-        sums[i] = exponentiate(scores, start + i + 1, seen, most);
-        attended.log_sums[head * attended.log_sum_step + start + i] = most + logarithm(sums[i]);
+        float* log_sum = attended.log_sums ? attended.log_sums + head * attended.log_sum_step + start + i : nullptr;
+        sums[i] = soften(scores_ml + i * columns, past + start + i + 1, seen, log_sum);
       }
       product<false>({scores_ml, columns, 1}, v_ld, width, o_md, width, rows, width, end);
       for (int64_t i = 0; i < rows; i++)
@@ -239,7 +319,7 @@ void forward(const Document<T>& document, const Attended<T>& attended, float* me
 
 template <class T>
 void backward(const Document<T>& document, const Gradients<T>& gradients, float* memory) {
-  const auto [length, dim, heads, scale, queries, keys, values] = document;
+  const auto [past, length, dim, heads, scale, queries, keys, values] = document;
   const int64_t width = padded(dim), columns = padded(length);
   Scratch scratch{memory};
   float *k_ld = scratch.take(length * width), *k_dl = scratch.take(dim * columns);
@@ -288,6 +368,7 @@ void backward(const Document<T>& document, const Gradients<T>& gradients, float*
 
 }  // namespace
 
-const Kernels LATHE_KERNELS = {scratch_floats, forward<float>, forward<BFloat16>, backward<float>, backward<BFloat16>};
+const Kernels LATHE_KERNELS = {forward_floats,    backward_floats, forward<float>,
+                               forward<BFloat16>, backward<float>, backward<BFloat16>};
 
 }  // namespace lathe

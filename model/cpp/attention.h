@@ -1,4 +1,4 @@
-// Causal attention over the documents of a packed batch, on the CPU.
+// Causal attention on the CPU, over the documents of a packed batch or over a cache of keys and values.
 //
 // Work and memory follow the documents: nothing is gathered or padded, and no mask exists. One call serves
 // one document and the query heads that share one key head, so calls are independent of each other and
@@ -26,17 +26,18 @@ struct Rows {
   int64_t head_step;
 };
 
-/// A document's part in a batch. Query head h, position i: `queries.first + h * head_step + i * step`.
+/// The last `length` positions of a document, which are queries, and the `past` before them. Keys and values are
+/// there of all. Query head h, query i: `queries.first + h * head_step + i * step`.
 template <class T>
 struct Document {
-  int64_t length, dim;
+  int64_t past, length, dim;
   /// Query heads that share the key head.
   int64_t heads;
   float scale;
   Rows<const T> queries, keys, values;
 };
 
-/// `log_sums[h * log_sum_step + i]`: the logarithm of the sum of a query's exponentials.
+/// `log_sums[h * log_sum_step + i]`: the logarithm of the sum of a query's exponentials. May be null.
 template <class T>
 struct Attended {
   Rows<T> outputs;
@@ -52,9 +53,11 @@ struct Gradients {
   Rows<T> queries, keys, values;
 };
 
-/// One instruction set's code. `scratch` has `scratch_floats` numbers and is written over.
+/// One instruction set's code. `scratch` has as many numbers as the pass takes and is written over. The backward
+/// pass is for whole documents, without a past.
 struct Kernels {
-  int64_t (*scratch_floats)(int64_t length, int64_t dim);
+  int64_t (*forward_floats)(int64_t past, int64_t length, int64_t dim);
+  int64_t (*backward_floats)(int64_t length, int64_t dim);
   void (*forward)(const Document<float>&, const Attended<float>&, float* scratch);
   void (*forward_bf16)(const Document<BFloat16>&, const Attended<BFloat16>&, float* scratch);
   void (*backward)(const Document<float>&, const Gradients<float>&, float* scratch);

@@ -12,7 +12,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <dlfcn.h>
 #include <string>
@@ -20,30 +19,11 @@
 #include <malloc.h>
 #endif
 
-#include "attention.h"
+#include "guard.h"
 
 using at::Tensor;
 
 namespace {
-thread_local std::string last_error;
-
-/// Runs `body`; on an exception records its message (without the C++ backtrace) and returns `fallback`.
-template <class Result, class Body>
-Result guarded(Result fallback, Body body) {
-  last_error.clear();
-  try {
-    return body();
-  } catch (const c10::Error& error) {
-    last_error = error.what_without_backtrace();
-  } catch (const std::exception& error) {
-    last_error = error.what();
-  } catch (...) {
-    last_error = "an unknown C++ exception";
-  }
-  if (last_error.empty()) last_error = "an exception without a message";
-  return fallback;
-}
-
 std::vector<Tensor> list(Tensor* const* tensors, int64_t count) {
   std::vector<Tensor> result;
   result.reserve(count);
@@ -79,136 +59,6 @@ struct MoveRows : torch::autograd::Function<MoveRows> {
   }
 };
 
-/// The kernels for the instruction set that libtorch's own kernels use.
-const lathe::Kernels& attention_kernels() {
-#ifdef __x86_64__
-  static const std::string name = at::get_cpu_capability();
-  if (name.rfind("AVX512", 0) == 0) return lathe::attention_avx512;
-  if (name.rfind("AVX2", 0) == 0) return lathe::attention_avx2;
-#endif
-  return lathe::attention_baseline;
-}
-
-template <class T>
-T* elements(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-/// Causal attention within documents on the CPU. Queries and the result are (b, t, heads, d), keys and values
-/// (b, t, groups, d), fp32 or bf16; `documents` is (n, 2): the first token (row * t + position) of each
-/// and how many there are. Tokens of no document attend to nothing: their result and gradient is zero.
-struct DocumentAttention : torch::autograd::Function<DocumentAttention> {
-  /// Positions in steps of one, elements of a head side by side.
-  static Tensor readable(const Tensor& x) {
-    const bool is = x.stride(3) == 1 && (x.size(0) == 1 || x.stride(0) == x.size(1) * x.stride(1));
-    return is ? x : x.contiguous();
-  }
-
-  template <class T>
-  static lathe::Rows<T> rows(const Tensor& x, int64_t token, int64_t head) {
-    auto* first = elements<std::remove_const_t<T>>(x);
-    return {first + token * x.stride(1) + head * x.stride(2), x.stride(1), x.stride(2)};
-  }
-
-  template <class T>
-  static lathe::Document<T> document(const Tensor& q, const Tensor& k, const Tensor& v, int64_t group,
-                                     const int64_t* span) {
-    const int64_t shared = q.size(2) / k.size(2), dim = q.size(3);
-    return {span[1], dim, shared, float(1 / std::sqrt(double(dim))), rows<const T>(q, span[0], group * shared),
-            rows<const T>(k, span[0], group), rows<const T>(v, span[0], group)};
-  }
-
-  /// Calls `run(group, span, scratch)` for every document and key head; threads get about the same work.
-  template <class Run>
-  static void each(const Tensor& documents, int64_t groups, int64_t dim, Run run) {
-    const auto* spans = elements<int64_t>(documents);
-    const int64_t count = documents.size(0);
-    // What a document costs: products over half its square, and reading and writing it.
-    std::vector<int64_t> costs(count + 1);
-    int64_t longest = 0;
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t length = spans[2 * i + 1];
-      longest = std::max(longest, length);
-      costs[i + 1] = costs[i] + length * (length + 64);
-    }
-    const int64_t threads = at::get_num_threads(), total = costs[count] * groups;
-    const auto border = [&](int64_t thread) {
-      // Items are documents by key heads, the heads of a document in a row.
-      const int64_t cost = total / threads * thread;
-      const int64_t i = std::upper_bound(costs.begin(), costs.end(), cost / groups) - costs.begin() - 1;
-      if (thread == threads || i >= count) return count * groups;
-      return i * groups + (cost - costs[i] * groups) / (costs[i + 1] - costs[i]);
-    };
-    const auto scratch = at::empty({threads, attention_kernels().scratch_floats(longest, dim)}, at::kFloat);
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      auto* own = elements<float>(scratch) + begin * scratch.stride(0);
-      for (int64_t item = border(begin); item < border(end); item++)
-        run(item % groups, spans + 2 * (item / groups), own);
-    });
-  }
-
-  template <class T, class Kernel>
-  static void attend(Kernel kernel, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& documents,
-                     const Tensor& out, const Tensor& log_sums) {
-    const int64_t shared = q.size(2) / k.size(2), step = log_sums.size(1);
-    each(documents, k.size(2), q.size(3), [&](int64_t group, const int64_t* span, float* scratch) {
-      kernel(document<T>(q, k, v, group, span),
-             lathe::Attended<T>{rows<T>(out, span[0], group * shared),
-                                elements<float>(log_sums) + group * shared * step + span[0], step},
-             scratch);
-    });
-  }
-
-  template <class T, class Kernel>
-  static void differentiate(Kernel kernel, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& documents,
-                            const Tensor& out, const Tensor& log_sums, const Tensor& gradient, const Tensor& dq,
-                            const Tensor& dk, const Tensor& dv) {
-    const int64_t shared = q.size(2) / k.size(2), step = log_sums.size(1);
-    each(documents, k.size(2), q.size(3), [&](int64_t group, const int64_t* span, float* scratch) {
-      kernel(document<T>(q, k, v, group, span),
-             lathe::Gradients<T>{rows<const T>(out, span[0], group * shared),
-                                 rows<const T>(gradient, span[0], group * shared),
-                                 elements<float>(log_sums) + group * shared * step + span[0], step,
-                                 rows<T>(dq, span[0], group * shared), rows<T>(dk, span[0], group),
-                                 rows<T>(dv, span[0], group)},
-             scratch);
-    });
-  }
-
-  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& queries, const Tensor& keys,
-                        const Tensor& values, const Tensor& documents) {
-    const auto kind = queries.scalar_type();
-    TORCH_CHECK(kind == at::kFloat || kind == at::kBFloat16, "attention over documents is for fp32 and bf16");
-    TORCH_CHECK(keys.scalar_type() == kind && values.scalar_type() == kind, "queries, keys and values differ in type");
-    const auto q = readable(queries), k = readable(keys), v = readable(values);
-    auto out = at::zeros(q.sizes(), q.options());
-    auto log_sums = at::empty({q.size(2), q.size(0) * q.size(1)}, q.options().dtype(at::kFloat));
-    const auto& kernels = attention_kernels();
-    if (kind == at::kFloat)
-      attend<float>(kernels.forward, q, k, v, documents, out, log_sums);
-    else
-      attend<lathe::BFloat16>(kernels.forward_bf16, q, k, v, documents, out, log_sums);
-    context->save_for_backward({q, k, v, documents, out, log_sums});
-    return out;
-  }
-
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 torch::autograd::variable_list gradients) {
-    const auto saved = context->get_saved_variables();
-    const auto &q = saved[0], &k = saved[1], &v = saved[2], &documents = saved[3], &out = saved[4];
-    const auto& log_sums = saved[5];
-    const auto gradient = readable(gradients[0]);
-    const auto zeros = [](const Tensor& like) { return at::zeros(like.sizes(), like.options()); };
-    auto dq = zeros(q), dk = zeros(k), dv = zeros(v);
-    const auto& kernels = attention_kernels();
-    if (q.scalar_type() == at::kFloat)
-      differentiate<float>(kernels.backward, q, k, v, documents, out, log_sums, gradient, dq, dk, dv);
-    else
-      differentiate<lathe::BFloat16>(kernels.backward_bf16, q, k, v, documents, out, log_sums, gradient, dq, dk, dv);
-    return {dq, dk, dv, Tensor()};
-  }
-};
-
 /// Philox4x32-10 (Salmon et al., SC 2011).
 struct Philox {
   uint32_t key[2];
@@ -228,8 +78,6 @@ struct Philox {
 }  // namespace
 
 extern "C" {
-int lathe_shim_abi() { return 2; }
-
 const char* lathe_last_error() { return last_error.c_str(); }
 
 /// Keeps freed memory in the process: libtorch allocates and frees the same large blocks every step,
@@ -292,12 +140,6 @@ int lathe_autocast(int cuda, int on) {
 
 Tensor* lathe_move_rows(Tensor* input, Tensor* from, Tensor* back, Tensor* unused) {
   return guarded<Tensor*>(nullptr, [=] { return new Tensor(MoveRows::apply(*input, *from, *back, *unused)); });
-}
-
-Tensor* lathe_attend_documents(Tensor* queries, Tensor* keys, Tensor* values, Tensor* documents) {
-  return guarded<Tensor*>(nullptr, [=] {
-    return new Tensor(DocumentAttention::apply(*queries, *keys, *values, *documents));
-  });
 }
 
 /// The norm over all gradients, one fp32 scalar on the parameters' device.

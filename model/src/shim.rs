@@ -73,6 +73,15 @@ unsafe extern "C" {
         values: *const C_tensor,
         documents: *const C_tensor,
     ) -> *mut C_tensor;
+    fn lathe_attend_cached(
+        queries: *const C_tensor,
+        keys: *const C_tensor,
+        values: *const C_tensor,
+        cached_keys: *const C_tensor,
+        cached_values: *const C_tensor,
+        spans: *const CachedSpan,
+        count: i64,
+    ) -> *mut C_tensor;
     fn lathe_pack_weight(weight: *const C_tensor) -> *mut C_tensor;
     fn lathe_packed_linear(x: *const C_tensor, packed: *const C_tensor, bias: *const C_tensor, gelu: c_int) -> *mut C_tensor;
     fn lathe_gradient_norm(parameters: Tensors, count: i64) -> *mut C_tensor;
@@ -184,6 +193,42 @@ pub fn move_rows(input: &Tensor, from: &Tensor, back: &Tensor, unused_r1: &Tenso
 pub fn attend_documents(q_bthd: &Tensor, k_btgd: &Tensor, v_btgd: &Tensor, documents_n2: &Tensor) -> Result<Tensor, TensorError> {
     // SAFETY: borrowed tensors; the shim keeps what it needs for the backward pass.
     owned(unsafe { lathe_attend_documents(q_bthd.as_ptr(), k_btgd.as_ptr(), v_btgd.as_ptr(), documents_n2.as_ptr()) })
+}
+
+/// `length` tokens of a pass from `token` on: one sequence's, from position `start` on, in a slot of a cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct CachedSpan {
+    pub token: i64,
+    pub length: i64,
+    pub slot: i64,
+    pub start: i64,
+}
+
+/// Puts the new tokens' keys and values into a cache on the CPU, and attends from each to all before it there.
+/// Queries are `(t, heads, d)`, new keys and values `(t, kv heads, d)`, the cache's `(slots, kv heads,
+/// capacity, d)`; the result is shaped like the queries, and zero for tokens of no span. At most one span is of
+/// one slot.
+///
+/// # Errors
+/// Where a span does not lie within the tokens and the cache, or shapes or types do not go together.
+pub fn attend_cached(
+    [q_thd, k_tgd, v_tgd]: [&Tensor; 3],
+    [keys_sgcd, values_sgcd]: [&Tensor; 2],
+    spans: &[CachedSpan],
+) -> Result<Tensor, TensorError> {
+    // SAFETY: borrowed tensors and `count` spans.
+    owned(unsafe {
+        lathe_attend_cached(
+            q_thd.as_ptr(),
+            k_tgd.as_ptr(),
+            v_tgd.as_ptr(),
+            keys_sgcd.as_ptr(),
+            values_sgcd.as_ptr(),
+            spans.as_ptr(),
+            spans.len() as i64,
+        )
+    })
 }
 
 /// A weight `(outputs, inputs)` laid out for the CPU's kernels; for [`packed_linear`] alone. Fails where

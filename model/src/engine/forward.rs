@@ -8,7 +8,7 @@ use super::scheduler::{Chunk, Step};
 use crate::{
     arch::gpt::{Gpt, Pass},
     config::ModelConfig,
-    nn::{AttentionPlan, CacheShape, CachedAttention, KvCache},
+    nn::{AttentionPlan, CacheShape, KvCache, Placement, Row, Span},
 };
 
 /// Rows of logits on the host, one value an id.
@@ -38,33 +38,43 @@ const PREFILL_MULTIPLE: usize = 16;
 /// What one pass through the model computes: chunks of prompts, then the newest token of every slot.
 #[derive(Debug, Default)]
 pub(super) struct Computation {
-    pub(super) chunks: Vec<Chunk>,
-    /// Positions of the newest tokens of the slots from 0 on, and how many keys they look at.
-    pub(super) rows: Option<(Vec<i64>, usize)>,
+    placement: Placement,
     /// Of the chunks, then of the rows; and where each stands in its sequence.
-    pub(super) tokens: Vec<i64>,
-    pub(super) positions: Vec<i64>,
+    tokens: Vec<i64>,
+    positions: Vec<i64>,
     /// Indices of the tokens whose logits are wanted, rising.
-    pub(super) wanted: Vec<i64>,
+    wanted: Vec<i64>,
 }
 
 impl Computation {
     /// Adds a chunk; where its logits will be.
-    pub(super) fn add_chunk(&mut self, chunk: Chunk, tokens: &[u32], every_position: bool) -> Range<usize> {
+    pub(super) fn add_chunk(&mut self, chunk: &Chunk, tokens: &[u32], every_position: bool) -> Range<usize> {
         self.tokens.extend(tokens.iter().map(|&id| i64::from(id)));
         self.positions.extend((chunk.start..chunk.start + chunk.length).map(|position| position as i64));
-        self.chunks.push(chunk);
+        let (slot, start, length) = (chunk.slot as i64, chunk.start as i64, chunk.length as i64);
+        self.placement.chunks.push(Span { slot, start, length });
         let from = if every_position { chunk.length } else { usize::from(chunk.last) };
         self.want(from)
     }
 
-    /// Adds the newest tokens of the slots from 0 on; where their logits will be.
-    pub(super) fn add_rows(&mut self, tokens: &[u32], positions: &[usize], keys: usize) -> Range<usize> {
-        let positions: Vec<i64> = positions.iter().map(|&position| position as i64).collect();
+    /// Adds the newest tokens of the slots from 0 on, which look at `keys` positions; where their logits
+    /// will be.
+    pub(super) fn add_rows(&mut self, tokens: &[u32], rows: Vec<Row>, keys: usize) -> Range<usize> {
         self.tokens.extend(tokens.iter().map(|&id| i64::from(id)));
-        self.positions.extend(&positions);
-        self.rows = Some((positions, keys));
+        self.positions.extend(rows.iter().map(|row| row.position));
+        (self.placement.rows, self.placement.keys) = (rows, keys as i64);
         self.want(tokens.len())
+    }
+
+    /// Rounds the number of tokens up, where there are chunks: the kernels of products are made for a number of
+    /// tokens when it first comes, so there are few of them.
+    fn pad(&mut self) {
+        if !self.placement.chunks.is_empty() {
+            let padded = self.tokens.len().next_multiple_of(PREFILL_MULTIPLE);
+            self.placement.padding = (padded - self.tokens.len()) as i64;
+            self.tokens.resize(padded, 0);
+            self.positions.resize(padded, 0);
+        }
     }
 
     /// Asks for the logits of the last `count` tokens.
@@ -78,15 +88,14 @@ impl Computation {
 pub(super) struct Forward {
     model: Gpt,
     cache: KvCache,
-    heads: i64,
     device: Device,
 }
 
 impl Forward {
     pub(super) fn new(mut model: Gpt, config: &ModelConfig, kind: Kind, device: Device) -> Forward {
-        let shape = CacheShape { layers: config.layers, kv_heads: config.kv_heads, head_dim: config.head_dim, kind, device };
+        let &ModelConfig { layers, heads, kv_heads, head_dim, .. } = config;
         model.pack();
-        Forward { model, cache: KvCache::new(shape), heads: config.heads, device }
+        Forward { model, cache: KvCache::new(CacheShape { layers, heads, kv_heads, head_dim, kind, device }), device }
     }
 
     /// Moves slots and sizes the cache as the step wants it.
@@ -98,26 +107,12 @@ impl Forward {
     }
 
     /// Computes what a pass holds, and the logits of the tokens that it asks for.
-    pub(super) fn pass(&self, pass: &Computation) -> Logits {
+    pub(super) fn pass(&self, mut pass: Computation) -> Logits {
         let _no_grad = tch::no_grad_guard();
-        let mut attention = CachedAttention::new(&self.cache);
-        for chunk in &pass.chunks {
-            attention.add_chunk(&self.cache, chunk.slot as i64, chunk.start as i64, chunk.length as i64, self.heads);
-        }
-        if let Some((positions, keys)) = &pass.rows {
-            attention.add_rows(&self.cache, positions, *keys as i64, self.heads);
-        }
-        let (mut tokens, mut positions) = (pass.tokens.clone(), pass.positions.clone());
-        // The kernels are made for a number of tokens when it first comes, so there are few of them.
-        if !pass.chunks.is_empty() {
-            let padded = tokens.len().next_multiple_of(PREFILL_MULTIPLE);
-            attention.add_padding((padded - tokens.len()) as i64);
-            tokens.resize(padded, 0);
-            positions.resize(padded, 0);
-        }
+        pass.pad();
+        let mut plan = AttentionPlan::over_cache(&self.cache, &pass.placement);
         let [tokens_bt, positions_bt] =
-            [tokens, positions].map(|ids| Tensor::from_slice(&ids).to_device(self.device).unsqueeze(0));
-        let mut plan = AttentionPlan::Cached(attention);
+            [&pass.tokens, &pass.positions].map(|ids| Tensor::from_slice(ids).to_device(self.device).unsqueeze(0));
         let hidden_tc = self.model.hidden(&tokens_bt, &positions_bt, &mut Pass { plan: &mut plan, dropout: None }).squeeze_dim(0);
         if pass.wanted.is_empty() {
             return Logits { values: Vec::new(), vocabulary: 0 };

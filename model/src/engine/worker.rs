@@ -17,7 +17,7 @@ use super::{
     sampler::Sampler,
     scheduler::{Chunk, Scheduler, SequenceId, Step},
 };
-use crate::shim::trim_backtrace;
+use crate::{nn::Row, shim::trim_backtrace};
 
 struct Client {
     generation: Generation,
@@ -167,11 +167,11 @@ impl Worker {
         for chunk in chunks {
             let Some(client) = self.clients.get(&chunk.id) else { continue };
             let tokens = &client.generation.prompt[chunk.start..chunk.start + chunk.length];
-            let place = computation.add_chunk(*chunk, tokens, client.generation.prompt_logprobs.is_some());
+            let place = computation.add_chunk(chunk, tokens, client.generation.prompt_logprobs.is_some());
             places.push((*chunk, place));
         }
         let rows = decode.map(|step| self.add_rows(&mut computation, step));
-        let logits = self.forward.pass(&computation);
+        let logits = self.forward.pass(computation);
         for (chunk, place) in places {
             self.prefilled(&chunk, &logits, place);
         }
@@ -184,14 +184,15 @@ impl Worker {
 
     fn add_rows(&self, computation: &mut Computation, step: &Step) -> Range<usize> {
         let mut tokens = vec![0; step.rows];
-        let mut positions = step.free_position.clone();
+        let idle = |&position: &usize| Row { position: position as i64, idle: true };
+        let mut rows: Vec<Row> = step.free_position.iter().map(idle).collect();
         for decode in &step.decode {
             if let Some(client) = self.clients.get(&decode.id) {
                 tokens[decode.slot] = client.last;
-                positions[decode.slot] = decode.position;
+                rows[decode.slot] = Row { position: decode.position as i64, idle: false };
             }
         }
-        computation.add_rows(&tokens, &positions, step.keys)
+        computation.add_rows(&tokens, rows, step.keys)
     }
 
     /// A chunk was computed; its logits are the rows `place`.

@@ -5,7 +5,7 @@
 
 use tch::{Device, Tensor};
 
-use super::{Angles, Blocks, CachedAttention, Documents, Linear, Parameters};
+use super::{Angles, Blocks, CachedAttention, Documents, KvCache, Linear, MaskedAttention, Parameters, Placement};
 use crate::config::ModelConfig;
 
 /// Who attends to whom in one forward pass; the same for every layer.
@@ -17,8 +17,10 @@ pub enum AttentionPlan {
     Documents(Documents),
     /// The same on other devices.
     Blocks(Blocks),
-    /// Positions attend to what the cache holds of their sequence, and are added to it.
+    /// Positions attend to what the cache holds of their sequence, and are added to it. On the CPU.
     Cached(CachedAttention),
+    /// The same on other devices.
+    Masked(MaskedAttention),
 }
 
 impl AttentionPlan {
@@ -34,6 +36,14 @@ impl AttentionPlan {
         AttentionPlan::Blocks(Blocks::new(length, documents, device))
     }
 
+    /// The plan for tokens placed in a cache, which must not be resized while the plan is used.
+    pub fn over_cache(cache: &KvCache, placement: &Placement) -> AttentionPlan {
+        match cache.device() {
+            Device::Cpu => AttentionPlan::Cached(CachedAttention::new(cache, placement)),
+            _ => AttentionPlan::Masked(MaskedAttention::new(cache, placement)),
+        }
+    }
+
     /// Attention of one layer. Queries are `(b, heads, t, d)`, keys and values
     /// `(b, kv heads, t, d)`; the result is shaped like the queries. Keys are not expanded in memory.
     pub fn attend(&mut self, layer: usize, q_bhtd: &Tensor, k_bgtd: &Tensor, v_bgtd: &Tensor) -> Tensor {
@@ -42,6 +52,7 @@ impl AttentionPlan {
             AttentionPlan::Documents(documents) => documents.attend(q_bhtd, k_bgtd, v_bgtd),
             AttentionPlan::Blocks(blocks) => blocks.attend(q_bhtd, k_bgtd, v_bgtd),
             AttentionPlan::Cached(cached) => cached.attend(layer, q_bhtd, k_bgtd, v_bgtd),
+            AttentionPlan::Masked(masked) => masked.attend(layer, q_bhtd, k_bgtd, v_bgtd),
         }
     }
 }

@@ -34,10 +34,19 @@ impl Documents {
     }
 }
 
+/// Runs a test once more with the kernels for each kind of processor older than this one.
+#[cfg(test)]
+pub(super) fn with_fewer_instructions(test: &str) {
+    for capability in ["avx2", "default"] {
+        let mut command = std::process::Command::new(std::env::current_exe().expect("this test runs"));
+        let output = command.args(["--exact", test]).env("ATEN_CPU_CAPABILITY", capability).output().expect("it starts");
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && said.contains("1 passed"), "{capability}: {said}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
-
     use tch::{Device, Kind};
 
     use super::*;
@@ -123,16 +132,9 @@ mod tests {
         }
     }
 
-    /// The kernels for processors older than this one.
     #[test]
     fn it_is_the_same_with_fewer_instructions() {
-        for capability in ["avx2", "default"] {
-            let test = "nn::documents::tests::it_is_what_attention_is_defined_to_be";
-            let mut command = Command::new(std::env::current_exe().expect("this test runs"));
-            let output = command.args(["--exact", test]).env("ATEN_CPU_CAPABILITY", capability).output().expect("it starts");
-            let said = String::from_utf8_lossy(&output.stdout);
-            assert!(output.status.success() && said.contains("1 passed"), "{capability}: {said}");
-        }
+        with_fewer_instructions("nn::documents::tests::it_is_what_attention_is_defined_to_be");
     }
 
     #[test]

@@ -7,19 +7,23 @@
 pub mod attention;
 mod blocks;
 mod cache;
+mod cached;
 mod documents;
 mod dropout;
 mod layers;
+mod masked;
 mod packed;
 mod parameters;
 mod rotary;
 
 pub use attention::{Attention, AttentionPlan};
 pub use blocks::Blocks;
-pub use cache::{CacheShape, CachedAttention, KvCache};
+pub use cache::{CacheShape, KvCache, Placement, Row, Span};
+pub use cached::CachedAttention;
 pub use documents::Documents;
 pub use dropout::{Dropout, Site};
 pub use layers::{Embedding, Linear, Mlp, NormLayer};
+pub use masked::MaskedAttention;
 pub use packed::Packed;
 pub use parameters::{Init, Parameter, Parameters, Part};
 pub use rotary::{Angles, Rotary};
