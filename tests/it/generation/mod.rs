@@ -29,7 +29,7 @@ pub fn with(body: &Value, more: Value) -> Value {
 /// A stream of events as it arrives.
 pub struct Live {
     bytes: BoxStream<'static, reqwest::Result<Vec<u8>>>,
-    buffer: String,
+    buffer: Vec<u8>,
     /// Comments seen so far.
     pub comments: usize,
 }
@@ -40,14 +40,15 @@ impl Live {
         assert_eq!(response.status(), StatusCode::OK);
         assert_eq!(response.headers()["content-type"], "text/event-stream");
         let bytes = response.bytes_stream().map(|chunk| chunk.map(|bytes| bytes.to_vec())).boxed();
-        Live { bytes, buffer: String::new(), comments: 0 }
+        Live { bytes, buffer: Vec::new(), comments: 0 }
     }
 
     /// The next event; the text `[DONE]` as a JSON string.
     pub async fn next(&mut self) -> Option<Value> {
         loop {
-            while let Some(end) = self.buffer.find('\n') {
-                let line: String = self.buffer.drain(..=end).collect();
+            while let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+                // A line may have come in parts that end within a character.
+                let line = String::from_utf8(self.buffer.drain(..=end).collect()).expect("events are text");
                 match line.trim_end() {
                     "" => {}
                     comment if comment.starts_with(':') => self.comments += 1,
@@ -57,8 +58,7 @@ impl Live {
                     }
                 }
             }
-            let bytes = self.bytes.next().await?.expect("the connection holds");
-            self.buffer += std::str::from_utf8(&bytes).expect("events are text");
+            self.buffer.extend(self.bytes.next().await?.expect("the connection holds"));
         }
     }
 
