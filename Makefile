@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup env build run demo test bench check fmt sqlx openapi
+.PHONY: help setup env build run demo test chaos bench check fmt sqlx openapi
 
 # The build's environment, from what setup fetched. SQL is checked against .sqlx, so no build needs
 # a database.
@@ -31,6 +31,12 @@ demo: build ## Corpus to answering model in five minutes; stays serving until Ct
 test: setup ## Run every test
 	@$(ENV) cargo build --locked --workspace --all-targets; \
 	  python3 .ci/with_postgres.py cargo test --locked --workspace --no-fail-fast
+
+# CHAOS_ROUNDS, CHAOS_SEED: see docs/chaos.md.
+chaos: setup ## Faults at random moments of random jobs, 200 rounds of them, and 20 at the default lease
+	@$(ENV) cargo build --locked --workspace --all-targets; \
+	  run() { env "$$@" cargo test --quiet --locked --workspace --test it -- --nocapture chaos::; }; \
+	  run CHAOS_ROUNDS="$${CHAOS_ROUNDS:-200}" CHAOS_SEED="$${CHAOS_SEED:-1}"; run CHAOS_ROUNDS=20 CHAOS_LEASE=10 CHAOS_SEED=1001
 
 # Threads that wait sleep soon, as in a worker: spinning would measure what else the machine does.
 bench: setup ## Speed of training beside PyTorch's (fetched once, about 5 GB) and of decoding

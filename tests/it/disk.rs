@@ -1,9 +1,8 @@
 //! A disk that fills up: nothing is lost, everything says why, and all goes on once there is room.
 //!
 //! The artifacts lie on a small file system of their own where the machine lets this user have one (root,
-//! or user namespaces). Where it does not, the low mark is put just below what is free, which fills the
-//! same disk in the eyes of the stack; only writes that the system itself refuses are then left to the
-//! tests of `model` and `jobs`.
+//! or user namespaces). Where it does not, api and runners are told that as little is free; only writes that
+//! the system itself refuses are then left to the tests of `model` and `jobs`.
 
 use std::{
     fs::{self, File},
@@ -11,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lathe_tests::{PATIENCE, TestApp, can_mount};
+use lathe_tests::{PATIENCE, Pretence, TestApp, can_mount};
 use serde_json::{Value, json};
 
 use crate::{
@@ -22,43 +21,57 @@ use crate::{
 const DISK: u64 = 64 << 20;
 const LOW: u64 = 16 << 20;
 
-/// Takes room until it is dropped.
-struct Filler(PathBuf);
+/// A stack with a small disk.
+struct Small {
+    bench: Bench,
+    pretence: Option<Pretence>,
+}
 
-impl Filler {
+impl Small {
+    async fn start(low: u64) -> Small {
+        let builder = TestApp::builder().argument(&format!("--disk-low-bytes={low}"));
+        let pretence = (!can_mount()).then(Pretence::new);
+        let app = match &pretence {
+            None => builder.small_disk(DISK).start().await,
+            Some(pretence) => {
+                pretence.leave_free(DISK);
+                builder.believing(pretence).start().await
+            }
+        };
+        Small { bench: Bench::on(app).await, pretence }
+    }
+
     /// Leaves this much free for the stack; 0: nothing at all.
-    fn leave(app: &TestApp, left: u64) -> Filler {
-        let path = app.artifacts().join("filler");
-        let file = File::create(&path).expect("it is writable");
-        let bytes = i64::try_from(free(app).saturating_sub(left)).expect("a small disk");
-        nix::fcntl::posix_fallocate(&file, 0, bytes).expect("as much is free");
-        Filler(path)
-    }
-}
-
-impl Drop for Filler {
-    fn drop(&mut self) {
-        // With the stack, the disk may be gone already.
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
-fn free(app: &TestApp) -> u64 {
-    let found = nix::sys::statvfs::statvfs(&app.artifacts()).expect("it is there");
-    found.blocks_available() * found.fragment_size()
-}
-
-/// A stack with some 50 MB free, and the low mark above which that is counted.
-async fn small(low: u64) -> (TestApp, u64) {
-    let app = match can_mount() {
-        true => TestApp::builder().small_disk(DISK).argument(&format!("--disk-low-bytes={low}")),
-        false => {
-            let found = nix::sys::statvfs::statvfs(&std::env::temp_dir()).expect("it is there");
-            let low = found.blocks_available() * found.fragment_size() - (DISK - low);
-            return (TestApp::builder().argument(&format!("--disk-low-bytes={low}")).start().await, low);
+    fn leave(&self, left: u64) -> Filler<'_> {
+        if let Some(pretence) = &self.pretence {
+            pretence.leave_free(left);
+            return Filler::Pretended(pretence);
         }
-    };
-    (app.start().await, low)
+        let artifacts = self.bench.app.artifacts();
+        let found = nix::sys::statvfs::statvfs(&artifacts).expect("it is there");
+        let free = found.blocks_available() * found.fragment_size();
+        let path = artifacts.join("filler");
+        let file = File::create(&path).expect("it is writable");
+        let bytes = i64::try_from(free.saturating_sub(left)).expect("a small disk");
+        nix::fcntl::posix_fallocate(&file, 0, bytes).expect("as much is free");
+        Filler::File(path)
+    }
+}
+
+/// Takes room until it is dropped.
+enum Filler<'a> {
+    File(PathBuf),
+    Pretended(&'a Pretence),
+}
+
+impl Drop for Filler<'_> {
+    fn drop(&mut self) {
+        match self {
+            // With the stack, the disk may be gone already.
+            Filler::File(path) => _ = fs::remove_file(path),
+            Filler::Pretended(pretence) => pretence.leave_free(DISK),
+        }
+    }
 }
 
 async fn reaches(app: &TestApp, job: &Value, state: &str) -> Value {
@@ -81,10 +94,10 @@ async fn upload(app: &TestApp, bytes: usize) -> lathe_tests::Answer {
 
 #[tokio::test]
 async fn below_the_low_mark_trainings_save_and_wait() {
-    let (app, low) = small(LOW).await;
-    let bench = Bench::on(app).await;
+    let small = Small::start(LOW).await;
+    let bench = &small.bench;
     let (job, _) = bench.midway().await;
-    let filler = Filler::leave(&bench.app, low - (4 << 20));
+    let filler = small.leave(LOW - (4 << 20));
     let waiting = reaches(&bench.app, &job, "queued").await;
     let event = bench.event(&job, "job.waiting_for_disk").await;
     assert_eq!(event["level"], "warn");
@@ -111,18 +124,18 @@ async fn below_the_low_mark_trainings_save_and_wait() {
 #[tokio::test]
 async fn a_disk_without_room_pauses_a_training_that_keeps_its_checkpoints() {
     if !can_mount() {
-        // The same through the reserve: nothing is free above it.
-        let (app, low) = small(LOW).await;
-        let filler = Filler::leave(&app, low.saturating_sub(4 << 20));
-        assert_eq!(upload(&app, 1000).await.refused(507)["code"], "disk_full");
+        // No write of a worker's is refused; an upload is, before it is one.
+        let small = Small::start(0).await;
+        let filler = small.leave(100);
+        assert_eq!(upload(&small.bench.app, 1000).await.refused(507)["code"], "disk_full");
         drop(filler);
-        upload(&app, 1000).await.ok();
+        upload(&small.bench.app, 1000).await.ok();
         return;
     }
-    let (app, _) = small(0).await;
-    let bench = Bench::on(app).await;
+    let small = Small::start(0).await;
+    let bench = &small.bench;
     let (job, _) = bench.midway().await;
-    let filler = Filler::leave(&bench.app, 0);
+    let filler = small.leave(0);
     let paused = reaches(&bench.app, &job, "paused").await;
     let event = bench.event(&job, "job.paused").await;
     assert_eq!((&event["level"], &event["data"]["code"]), (&json!("warn"), &json!("disk_full")), "{event}");

@@ -3,6 +3,7 @@
 mod api;
 mod auth;
 mod backup;
+mod chaos;
 mod checkpoints;
 mod contract;
 mod database;

@@ -6,6 +6,7 @@
 //! there; otherwise, and with [`Builder::embedded`], it has an embedded server.
 
 mod network;
+mod pretence;
 mod processes;
 mod stack;
 
@@ -16,6 +17,7 @@ use serde_json::Value;
 
 pub use self::{
     network::Network,
+    pretence::Pretence,
     processes::{Kind, still_running},
     stack::{Builder, TestApp, can_mount, lathe},
 };

@@ -16,7 +16,7 @@ use sqlx::{ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions}
 use tempfile::TempDir;
 
 use crate::{
-    KEY, Kind, Network,
+    KEY, Kind, Network, Pretence,
     processes::{self},
     within,
 };
@@ -45,6 +45,7 @@ pub struct Builder {
     disk_bytes: Option<u64>,
     network: Option<Network>,
     arguments: Vec<String>,
+    variables: Vec<(String, String)>,
 }
 
 impl Default for Builder {
@@ -57,6 +58,7 @@ impl Default for Builder {
             disk_bytes: None,
             network: None,
             arguments: Vec::new(),
+            variables: Vec::new(),
         }
     }
 }
@@ -100,6 +102,17 @@ impl Builder {
     /// One more argument of `lathe serve`.
     pub fn argument(mut self, argument: &str) -> Self {
         self.arguments.push(argument.to_owned());
+        self
+    }
+
+    /// The stack believes what is pretended.
+    pub fn believing(self, pretence: &Pretence) -> Self {
+        pretence.on(self)
+    }
+
+    /// A variable in the stack's environment.
+    pub(crate) fn variable(mut self, name: &str, value: &str) -> Self {
+        self.variables.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -217,6 +230,7 @@ impl TestApp {
         command.args(["serve", "--listen", "127.0.0.1:0", "--runners", &self.builder.runners.to_string()]);
         command.args(["--lease-seconds", &self.builder.lease_seconds.to_string()]).args(&self.builder.arguments);
         command.env("LATHE_DATA_DIR", &self.data_dir).env("LATHE_API_KEY", KEY).env_remove("DATABASE_URL");
+        command.envs(self.builder.variables.iter().map(|(name, value)| (name, value)));
         if let Some(database) = &self.database {
             let url = match &self.builder.network {
                 Some(network) => network.through(database.options()).to_url_lossy().to_string(),
