@@ -3,7 +3,7 @@
 //! A flag wins over its twin. No other module reads the environment, except for what one process of
 //! Lathe tells another (an engine's secret).
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, num::NonZeroU32, path::PathBuf, time::Duration};
 
 use axum::http::HeaderValue;
 use clap::{Args, Parser, Subcommand, ValueEnum, builder::FalseyValueParser};
@@ -166,6 +166,9 @@ pub struct ApiOptions {
     /// Seconds in which an answer of a model must be finished, from its start on a loaded model.
     #[arg(long, env = "LATHE_GENERATION_SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=604_800), value_name = "SECONDS")]
     pub generation_seconds: u64,
+    /// Requests that one key may send in a minute; without it, as many as it likes
+    #[arg(long, env = "LATHE_REQUESTS_PER_MINUTE", value_name = "REQUESTS")]
+    pub requests_per_minute: Option<NonZeroU32>,
     /// Origins that browsers may call from; none, no CORS headers.
     #[arg(long = "cors-origin", env = "LATHE_CORS_ORIGIN", value_delimiter = ',', value_name = "ORIGIN")]
     pub cors_origins: Vec<HeaderValue>,
@@ -188,6 +191,7 @@ impl ApiOptions {
         ];
         pairs.extend(self.api_key.clone().map(|key| ("LATHE_API_KEY", key)));
         pairs.extend(self.metrics_token.clone().map(|token| ("LATHE_METRICS_TOKEN", token)));
+        pairs.extend(self.requests_per_minute.map(|limit| ("LATHE_REQUESTS_PER_MINUTE", limit.to_string())));
         if !self.cors_origins.is_empty() {
             let origins: Vec<&str> = self.cors_origins.iter().filter_map(|origin| origin.to_str().ok()).collect();
             pairs.push(("LATHE_CORS_ORIGIN", origins.join(",")));
@@ -200,6 +204,7 @@ impl ApiOptions {
             json_limit: usize::try_from(self.json_limit).unwrap_or(usize::MAX),
             file_limit: self.file_limit,
             part_limit: self.part_limit,
+            requests_per_minute: self.requests_per_minute,
             cors_origins: self.cors_origins.clone(),
             metrics_token: self.metrics_token.clone(),
             disk_low_bytes: store.disk_low_bytes,

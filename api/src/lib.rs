@@ -30,6 +30,7 @@ pub mod parse;
 pub mod patience;
 pub mod postgres;
 pub mod problem;
+mod rate_limit;
 pub mod resource;
 pub mod routes;
 pub mod schema;

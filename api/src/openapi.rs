@@ -43,6 +43,10 @@ pub fn finish(document: OpenApi) -> Value {
         "Retry-After": {"description": "Seconds after which the request may succeed.", "schema": {"type": "integer"}},
         "x-should-retry": {"description": "`false`: the same request again will not help, whatever the status suggests.",
             "schema": {"type": "string", "enum": ["false"]}},
+        "x-ratelimit-limit-requests": {"description": "Requests that the key may send in a minute; on every answer, where there is such a limit.",
+            "schema": {"type": "integer"}},
+        "x-ratelimit-remaining-requests": {"description": "How many of them are left.", "schema": {"type": "integer"}},
+        "x-ratelimit-reset-requests": {"description": "Until all of them are there again, as in `1.5s`.", "schema": {"type": "string"}},
         "idempotent-replayed": {"description": "`true`: the answer that an earlier request got.", "schema": {"type": "string", "enum": ["true"]}},
     });
     document["components"]["parameters"] = json!({
@@ -111,7 +115,8 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
     let general = [
         ("404", generates, "No such model."),
         ("409", generates, "The model is not ready."),
-        ("429", generates, "The model's queue is full."),
+        ("429", generates, "The model's queue is full, or the key has sent too many requests."),
+        ("429", !public, "The key has sent too many requests; try again after `Retry-After` seconds."),
         ("503", generates, "The model is loading, or its engine failed."),
         ("504", generates, "The answer took longer than the server allows."),
         ("400", !public, "Malformed or out of bounds; `param` says where."),
@@ -134,7 +139,14 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
         let stated: &[&str] = match status.as_str() {
             "409" if creates => &["x-request-id", "Retry-After", "x-should-retry"],
             "409" | "504" | "507" => &["x-request-id", "x-should-retry"],
-            "429" | "503" => &["x-request-id", "Retry-After"],
+            "429" => &[
+                "x-request-id",
+                "Retry-After",
+                "x-ratelimit-limit-requests",
+                "x-ratelimit-remaining-requests",
+                "x-ratelimit-reset-requests",
+            ],
+            "503" => &["x-request-id", "Retry-After"],
             "200" | "201" if creates => &["x-request-id", "idempotent-replayed"],
             _ => &["x-request-id"],
         };

@@ -140,10 +140,11 @@ impl ApiError {
         ApiError::invalid(StatusCode::UNPROCESSABLE_ENTITY, message).with_code(code).with_param(param)
     }
 
-    pub fn rate_limited(message: impl Into<String>) -> ApiError {
+    /// 429 with `Retry-After` in seconds.
+    pub fn rate_limited(retry_after: u32, message: impl Into<String>) -> ApiError {
         let mut error =
             ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message).with_code("rate_limit_exceeded");
-        error.retry_after = Some(1);
+        error.retry_after = Some(retry_after);
         error
     }
 

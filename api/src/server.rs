@@ -40,7 +40,7 @@ use crate::{
     lingering::Lingering,
     openapi,
     problem::{ApiError, SHOULD_RETRY},
-    routes,
+    rate_limit, routes,
     state::AppState,
 };
 
@@ -82,7 +82,15 @@ fn cors(origins: &[HeaderValue]) -> CorsLayer {
         .allow_origin(origins)
         .allow_methods(AllowMethods::mirror_request())
         .allow_headers(AllowHeaders::mirror_request())
-        .expose_headers([REQUEST_ID, header::RETRY_AFTER, SHOULD_RETRY, REPLAYED])
+        .expose_headers([
+            REQUEST_ID,
+            header::RETRY_AFTER,
+            SHOULD_RETRY,
+            REPLAYED,
+            rate_limit::LIMIT,
+            rate_limit::REMAINING,
+            rate_limit::RESET,
+        ])
         .max_age(Duration::from_secs(600))
 }
 

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io,
+    num::NonZeroU32,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -12,7 +13,7 @@ use lathe_jobs::{artifacts::Artifacts, waiting};
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio_util::sync::CancellationToken;
 
-use crate::{caller::KeyCache, event_hub::EventHub, tokenizer_cache::TokenizerCache};
+use crate::{caller::KeyCache, event_hub::EventHub, rate_limit::RateLimits, tokenizer_cache::TokenizerCache};
 
 /// The API's limits and switches, each a flag of `lathe api`.
 #[derive(Clone, Debug)]
@@ -35,6 +36,8 @@ pub struct ApiConfig {
     pub idle_body_timeout: Duration,
     /// Time in which an answer must be finished, counted from its start on a loaded model.
     pub generation_deadline: Duration,
+    /// Requests that one key may send in a minute; none: as many as it likes.
+    pub requests_per_minute: Option<NonZeroU32>,
     /// Time that a request waits for its model to load.
     pub loading_patience: Duration,
     /// Between the comments that keep a silent stream's connection alive.
@@ -57,6 +60,7 @@ impl Default for ApiConfig {
             header_timeout: Duration::from_secs(10),
             idle_body_timeout: Duration::from_secs(60),
             generation_deadline: Duration::from_secs(600),
+            requests_per_minute: None,
             loading_patience: Duration::from_secs(60),
             stream_comments: Duration::from_secs(10),
             stuck_after: waiting::STUCK,
@@ -93,6 +97,7 @@ pub struct AppState {
     pub http: reqwest::Client,
     pub keys: Arc<KeyCache>,
     pub requests: Arc<RequestCounts>,
+    pub rates: Arc<RateLimits>,
     pub tokenizers: Arc<TokenizerCache>,
     pub events: Arc<EventHub>,
     /// Cancelled when the server stops: streams end themselves, new requests are not taken.
@@ -109,6 +114,7 @@ impl AppState {
             http: reqwest::Client::builder().no_proxy().build().unwrap_or_default(),
             keys: Arc::default(),
             requests: Arc::default(),
+            rates: Arc::default(),
             tokenizers: Arc::default(),
             events: Arc::default(),
             shutdown: CancellationToken::new(),

@@ -1,7 +1,11 @@
 //! Keys: who gets in, who sees what, and how soon a revoked key is useless.
 
-use std::time::{Duration, Instant};
+use std::{
+    num::NonZeroU32,
+    time::{Duration, Instant},
+};
 
+use lathe_api::state::ApiConfig;
 use reqwest::Method;
 use serde_json::json;
 use sqlx::PgPool;
@@ -94,4 +98,32 @@ async fn a_lost_database_is_a_503(db: PgPool) {
     assert_eq!(api.get("/healthz").await.0, 200);
     let (status, readiness) = api.get("/readyz").await;
     assert_eq!((status.as_u16(), &readiness["ready"]), (503, &json!(false)));
+}
+
+#[sqlx::test(migrator = "lathe_api::MIGRATOR")]
+async fn a_key_that_sends_too_much_is_told_when_to_come_again(db: PgPool) {
+    let config = ApiConfig { requests_per_minute: NonZeroU32::new(20), ..ApiConfig::default() };
+    let api = Api::start_with(db, config).await;
+    let number =
+        |answer: &reqwest::Response, name: &str| -> Option<u64> { answer.headers().get(name)?.to_str().ok()?.parse().ok() };
+    for left in (0..20).rev() {
+        // A refusal for another reason counts too.
+        let path = if left % 2 == 0 { "/v1/files" } else { "/v1/files/file-missing" };
+        let answer = api.request(Method::GET, path).send().await.unwrap();
+        assert_eq!(answer.status(), if left % 2 == 0 { 200 } else { 404 });
+        assert_eq!(number(&answer, "x-ratelimit-limit-requests"), Some(20));
+        assert!(number(&answer, "x-ratelimit-remaining-requests").is_some_and(|remaining| (left..left + 2).contains(&remaining)));
+        assert!(answer.headers()["x-ratelimit-reset-requests"].to_str().unwrap().ends_with('s'));
+    }
+    let began = Instant::now();
+    let refusal = api.request(Method::GET, "/v1/files").send().await.unwrap();
+    let wait = number(&refusal, "retry-after").expect("it says when to come again");
+    assert!((1..=3).contains(&wait), "{wait}");
+    refused("one too many", &answer(api.request(Method::GET, "/v1/files")).await, &[429]);
+    // Neither another key's requests nor probes.
+    assert_eq!(answer(api.client.get(format!("{}/v1/files", api.base)).bearer_auth(&api.other)).await.0, 200);
+    assert_eq!(api.client.get(format!("{}/healthz", api.base)).send().await.unwrap().status(), 200);
+    refused("no key", &answer(api.client.get(format!("{}/v1/files", api.base))).await, &[401]);
+    tokio::time::sleep(Duration::from_secs(wait).saturating_sub(began.elapsed())).await;
+    assert_eq!(api.get("/v1/files").await.0, 200);
 }

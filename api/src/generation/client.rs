@@ -42,7 +42,7 @@ pub async fn generate(
         200 => {}
         429 => {
             let message = "Too many requests wait for this model; try again in a few seconds.";
-            return Err(NotStarted::Refused(ApiError::rate_limited(message)));
+            return Err(NotStarted::Refused(ApiError::rate_limited(1, message)));
         }
         // Another process listens there by now, or it has just failed.
         401 | 503 => return Err(NotStarted::Gone(format!("it answered {}", response.status()))),

@@ -21,7 +21,7 @@ use axum::middleware;
 use utoipa_axum::router::OpenApiRouter;
 
 use crate::{
-    auth, idempotency, patience,
+    auth, idempotency, patience, rate_limit,
     state::AppState,
     unqueried::{self, queried},
 };
@@ -41,6 +41,7 @@ pub fn router(state: &AppState) -> OpenApiRouter<AppState> {
         .route_layer(bounded())
         .route_layer(middleware::from_fn_with_state(state.clone(), idempotency::replay))
         .route_layer(middleware::from_fn_with_state(queried, unqueried::refuse))
+        .route_layer(middleware::from_fn_with_state(state.clone(), rate_limit::limit))
         .route_layer(middleware::from_fn_with_state(state.clone(), auth::require_key));
     public().merge(keyed).route_layer(bounded())
 }
