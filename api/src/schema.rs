@@ -8,9 +8,9 @@
 //! A union is an untagged enum over structs that hold their own tag, since only a struct's schema
 //! says that no other field is known.
 //!
-//! Only the keywords that utoipa writes are known: `type`, `enum`, `properties`, `required`,
+//! Only these keywords are known: those that utoipa writes (`type`, `enum`, `properties`, `required`,
 //! `additionalProperties`, `propertyNames`, `items`, `oneOf`, `allOf`, `$ref` and the bounds on
-//! numbers, strings, arrays and objects.
+//! numbers, strings, arrays and objects), `const`, and the `not` of [`never`].
 
 use std::{
     any::TypeId,
@@ -21,7 +21,10 @@ use std::{
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use utoipa::ToSchema;
+use utoipa::{
+    ToSchema,
+    openapi::{RefOr, schema},
+};
 
 /// What is wrong with a body, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +37,21 @@ pub struct Violation {
 impl Violation {
     fn new(param: &str, message: impl Into<String>) -> Violation {
         Violation { param: param.to_owned(), message: message.into() }
+    }
+}
+
+/// A struct's schema, for those values only that do not fit `combination`: `properties` that have no meaning
+/// together, of which the last in `required` is the one to leave out.
+///
+/// It becomes the schema's `not`. A union of two structs would say the same, but generators of clients make one type
+/// of this and two or none of that.
+pub fn never(schema: RefOr<schema::Schema>, combination: Value) -> RefOr<schema::Schema> {
+    match schema {
+        RefOr::T(schema::Schema::Object(mut object)) => {
+            object.extensions.get_or_insert_default().insert("not".to_owned(), combination);
+            object.into()
+        }
+        other => other,
     }
 }
 
@@ -122,12 +140,25 @@ impl Schema {
         }
         check_type(schema, value, at)?;
         check_enum(schema, value, at)?;
+        check_const(schema, value, at)?;
+        self.check_not(&schema["not"], value, at)?;
         match value {
             Value::Number(number) => check_number(schema, number, at),
             Value::String(text) => check_count(schema, text.chars().count(), ["minLength", "maxLength"], "characters", at),
             Value::Array(items) => self.check_array(schema, items, at),
             Value::Object(fields) => self.check_object(schema, fields, at),
             Value::Null | Value::Bool(_) => Ok(()),
+        }
+    }
+
+    fn check_not(&self, not: &Value, value: &Value, at: &str) -> Result<(), Violation> {
+        let excess = not["required"].as_array().and_then(|required| required.last()?.as_str());
+        match excess {
+            Some(name) if self.check_at(not, value, at).is_ok() => {
+                let path = join(at, name);
+                Err(Violation::new(&path, format!("`{path}` has no meaning beside the other fields: leave it out.")))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -322,15 +353,19 @@ fn check_types(types: &[&str], value: &Value, at: &str) -> Result<(), Violation>
         Value::Array(_) => "an array",
         Value::Object(_) => "an object",
     };
-    if types == ["null"] {
-        return Err(Violation::new(at, format!("{} has no meaning beside the other fields: leave it out.", subject(at))));
-    }
     Err(Violation::new(at, format!("{} must be of type {}, not {found}.", subject(at), types.join(" or "))))
 }
 
 fn check_enum(schema: &Value, value: &Value, at: &str) -> Result<(), Violation> {
     match schema["enum"].as_array() {
         Some(values) if !values.contains(value) => Err(not_one_of(&values.iter().collect::<Vec<_>>(), at)),
+        _ => Ok(()),
+    }
+}
+
+fn check_const(schema: &Value, value: &Value, at: &str) -> Result<(), Violation> {
+    match schema.get("const") {
+        Some(constant) if constant != value => Err(Violation::new(at, format!("{} must be {constant}.", subject(at)))),
         _ => Ok(()),
     }
 }
@@ -385,6 +420,7 @@ fn check_count(schema: &Value, count: usize, [min, max]: [&str; 2], unit: &str, 
 mod tests {
     use serde::Deserialize;
     use serde_json::json;
+    use utoipa::PartialSchema;
 
     use super::*;
 
@@ -522,6 +558,27 @@ mod tests {
         for wrong in [json!(12.5), json!(1e300), json!(-1), json!(1.8446744073709552e19), json!("12")] {
             assert_eq!(read::<Numbers>(json!({"seed": wrong})).unwrap_err().param, "seed", "{wrong}");
         }
+    }
+
+    #[test]
+    fn what_never_stands_together_names_the_one_to_leave_out() {
+        let combination =
+            json!({"properties": {"name": {"enum": ["plain", null]}, "sides": {"type": "array"}}, "required": ["sides"]});
+        let never = Schema::alone(serde_json::to_value(never(Square::schema(), combination)).unwrap());
+        let check = |name: Value, sides: Value| {
+            never.check_at(&never.root, &json!({"type": "square", "name": name, "sides": sides}), "shape")
+        };
+        assert_eq!(check(json!("fancy"), json!([1])), Ok(()));
+        assert_eq!(check(json!("plain"), json!([1])).unwrap_err().param, "shape.sides");
+        assert_eq!(check(json!(null), json!([1])).unwrap_err().param, "shape.sides");
+        assert_eq!(check(json!("fancy"), json!([])).unwrap_err().message, "`shape.sides` must have at least 1 items, not 0.");
+    }
+
+    #[test]
+    fn a_constant_is_the_only_value() {
+        let schema = Schema::alone(json!({"properties": {"refusal": {"const": null}}}));
+        assert_eq!(schema.check(&json!({"refusal": null})), Ok(()));
+        assert_eq!(schema.check(&json!({"refusal": "no"})).unwrap_err(), Violation::new("refusal", "`refusal` must be null."));
     }
 
     #[test]

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use axum::{extract::State, response::Response};
 use lathe_model::{data::rows::Turn, template};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use utoipa::{
     ToSchema,
     openapi::{
         RefOr,
-        schema::{ObjectBuilder, Schema, Type},
+        schema::{ObjectBuilder, Schema, SchemaType},
     },
 };
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -57,8 +58,10 @@ pub struct Message {
     pub refusal: Option<()>,
 }
 
+/// As `const`: generators of clients break on a property whose only type is null.
 fn null() -> impl Into<RefOr<Schema>> {
-    ObjectBuilder::new().schema_type(Type::Null)
+    let null = [("const", Value::Null)].into_iter().collect();
+    ObjectBuilder::new().schema_type(SchemaType::AnyValue).extensions(Some(null))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ToSchema)]

@@ -193,7 +193,7 @@ async fn find_model(state: &AppState, project_id: &str, id: &str) -> Result<(Row
 #[utoipa::path(
     get, path = "/v1/models/{model}", operation_id = "get_model", tag = "models",
     params(("model" = String, Path, description = "The model's id")),
-    responses((status = 200, body = ModelObject), (status = 404, description = "No such model"))
+    responses((status = 200, description = "The model", body = ModelObject), (status = 404, description = "No such model"))
 )]
 async fn get_model(
     State(state): State<AppState>,
@@ -234,7 +234,7 @@ async fn not_deletable(state: &AppState, project_id: &str, id: &str) -> ApiError
     delete, path = "/v1/models/{model}", operation_id = "delete_model", tag = "models",
     params(("model" = String, Path, description = "The model's id")),
     responses(
-        (status = 200, body = Deleted),
+        (status = 200, description = "It is gone", body = Deleted),
         (status = 404, description = "No such model"),
         (status = 409, description = "Something unfinished needs it, which the message names; or it is a checkpoint"),
     )

@@ -2,16 +2,14 @@
 
 use lathe_model::config::{Divergence, Method, Optimizer, Precision, Schedule, TrainConfig};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use utoipa::{
     PartialSchema, ToSchema,
-    openapi::{
-        RefOr,
-        schema::{AllOfBuilder, ObjectBuilder, OneOfBuilder, Ref, Schema, SchemaType, Type},
-    },
+    openapi::{RefOr, schema::Schema},
 };
 
 use super::contradiction;
-use crate::problem::ApiError;
+use crate::{problem::ApiError, schema};
 
 /// Default `hyperparameters.max_attempts`.
 pub const MAX_ATTEMPTS: i32 = 3;
@@ -141,25 +139,17 @@ pub struct ScheduleBody(pub ScheduleFields);
 impl ToSchema for ScheduleBody {
     fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
         ScheduleFields::schemas(schemas);
-        schemas.push(("ScheduleFields".to_owned(), ScheduleFields::schema()));
     }
 }
 
 impl PartialSchema for ScheduleBody {
     /// The fields, of which `floor` exists on the schedules that fall.
     fn schema() -> RefOr<Schema> {
-        let types =
-            |types: &[Option<&str>]| ObjectBuilder::new().schema_type(SchemaType::AnyValue).enum_values(Some(types.to_vec()));
-        let falling = ObjectBuilder::new().property("type", types(&[Some("cosine"), Some("linear"), None]));
-        let constant = ObjectBuilder::new()
-            .property("type", types(&[Some("constant")]))
-            .property("floor", ObjectBuilder::new().schema_type(Type::Null))
-            .required("type");
-        AllOfBuilder::new()
-            .description(Some("The learning rate over the steps."))
-            .item(Ref::from_schema_name("ScheduleFields"))
-            .item(OneOfBuilder::new().item(falling).item(constant))
-            .into()
+        let on_a_constant_schedule = json!({
+            "properties": {"type": {"enum": ["constant"]}, "floor": {"type": "number"}},
+            "required": ["type", "floor"],
+        });
+        schema::never(ScheduleFields::schema(), on_a_constant_schedule)
     }
 }
 

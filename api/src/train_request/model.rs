@@ -2,16 +2,14 @@
 
 use lathe_model::config::{Activation, Architecture, ModelConfig, Norm, Positions};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use utoipa::{
     PartialSchema, ToSchema,
-    openapi::{
-        RefOr,
-        schema::{AllOfBuilder, ObjectBuilder, OneOfBuilder, Ref, Schema, SchemaType, Type},
-    },
+    openapi::{RefOr, schema::Schema},
 };
 
 use super::contradiction;
-use crate::problem::ApiError;
+use crate::{problem::ApiError, schema};
 
 /// The default width of a swiglu layer is a multiple of this.
 const SWIGLU_MULTIPLE: i64 = 64;
@@ -115,43 +113,34 @@ pub struct GptFields {
     pub norm_eps: Option<f64>,
 }
 
-/// What to train: a shape, or the name of one.
+/// A decoder of the GPT family.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
-#[serde(untagged)]
-pub enum ModelBody {
-    Gpt(GptFields),
-    Preset(PresetModel),
-}
+#[serde(transparent)]
+pub struct GptBody(pub GptFields);
 
-impl ToSchema for ModelBody {
+impl ToSchema for GptBody {
     fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
         GptFields::schemas(schemas);
-        PresetModel::schemas(schemas);
-        schemas.push(("GptFields".to_owned(), GptFields::schema()));
-        schemas.push(("PresetModel".to_owned(), PresetModel::schema()));
     }
 }
 
-impl PartialSchema for ModelBody {
-    /// A GPT's fields, of which `rope_theta` exists with rotary positions only; or a preset.
+impl PartialSchema for GptBody {
+    /// The fields, of which `rope_theta` exists with rotary positions only.
     fn schema() -> RefOr<Schema> {
-        let rotary = ObjectBuilder::new()
-            .property("positions", ObjectBuilder::new().schema_type(Type::String).enum_values(Some(["rotary"])))
-            .required("positions");
-        let learned = ObjectBuilder::new()
-            .property(
-                "positions",
-                ObjectBuilder::new().schema_type(SchemaType::AnyValue).enum_values(Some([Some("learned"), None])),
-            )
-            .property("rope_theta", ObjectBuilder::new().schema_type(Type::Null));
-        let gpt =
-            AllOfBuilder::new().item(Ref::from_schema_name("GptFields")).item(OneOfBuilder::new().item(learned).item(rotary));
-        OneOfBuilder::new()
-            .description(Some("A shape, or the name of one."))
-            .item(gpt)
-            .item(Ref::from_schema_name("PresetModel"))
-            .into()
+        let with_learned_positions = json!({
+            "properties": {"positions": {"enum": ["learned", null]}, "rope_theta": {"type": "number"}},
+            "required": ["rope_theta"],
+        });
+        schema::never(GptFields::schema(), with_learned_positions)
     }
+}
+
+/// What to train: a shape, or the name of one.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum ModelBody {
+    Gpt(GptBody),
+    Preset(PresetModel),
 }
 
 impl ModelBody {
@@ -159,7 +148,7 @@ impl ModelBody {
     pub fn resolve(self) -> Result<ModelConfig, ApiError> {
         match self {
             ModelBody::Preset(PresetModel { preset }) => Ok(preset.config()),
-            ModelBody::Gpt(fields) => fields.resolve(),
+            ModelBody::Gpt(GptBody(fields)) => fields.resolve(),
         }
     }
 }

@@ -124,7 +124,7 @@ pub struct EventList {
     get, path = "/v1/training/jobs/{job_id}/events", operation_id = "list_training_events", tag = "training",
     params(("job_id" = String, Path), EventsQuery, ("Last-Event-ID" = Option<i64>, Header, description = "The last event that was received")),
     responses(
-        (status = 200, description = "Events in their order", content((EventList = "application/json"), (String = "text/event-stream"))),
+        (status = 200, description = "Events in their order", content((EventList = "application/json"), (EventObject = "text/event-stream"))),
         (status = 422, description = "A stream with a `limit`"),
     )
 )]
