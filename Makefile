@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup env build run demo test chaos bench check fmt sqlx openapi
+.PHONY: help setup env build run demo test chaos bench check fmt sqlx openapi sdk
 
 # The build's environment, from what setup fetched. SQL is checked against .sqlx, so no build needs
 # a database.
@@ -42,6 +42,9 @@ chaos: setup ## Faults at random moments of random jobs, 200 rounds of them, and
 bench: setup ## Speed of training beside PyTorch's (fetched once, about 5 GB) and of decoding
 	@$(ENV) LATHE_PEER="$$(python3 docker/setup.py peer)"; export LATHE_PEER GOMP_SPINCOUNT=1000; \
 	  cargo bench --locked -p lathe-model
+
+sdk: build ## Generate clients from openapi/openapi.json; drive a live server with them and with the openai SDKs
+	@$(ENV) python3 tests/clients/run.py
 
 check: setup ## Format, lints, generated files fresh
 	@$(ENV) cargo fmt --all --check; \

@@ -1,16 +1,13 @@
-//! The stock `openai` Python SDK against a whole stack; the script is `tests/openai_sdk.py`.
+//! The stock `openai` Python SDK against a whole stack; the script is `tests/clients/openai_python.py`.
 
 use std::{
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Output},
 };
 
 use lathe_tests::TestApp;
 
 use crate::training;
-
-/// Its wheels are kept in the cache folder under this version.
-const OPENAI: &str = "3.57.0";
 
 #[tokio::test]
 async fn the_stock_openai_sdk_is_content() {
@@ -18,35 +15,28 @@ async fn the_stock_openai_sdk_is_content() {
     let base = training::pretrained(&app).await;
     let (url, key) = (app.url.clone(), app.key.clone());
     let ran = tokio::task::spawn_blocking(move || {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("openai_sdk.py");
-        let mut python = Command::new("python3");
-        python.arg(script).env("PYTHONPATH", sdk());
-        python.env("LATHE_URL", url).env("LATHE_KEY", key).env("LATHE_BASE_MODEL", base);
-        python.output().expect("python3 runs")
+        let mut script = python("openai_python.py");
+        script.env("PYTHONPATH", packages());
+        script.env("LATHE_URL", url).env("LATHE_KEY", key).env("LATHE_BASE_MODEL", base);
+        script.output().expect("python3 runs")
     });
     let output = ran.await.expect("the script ran");
-    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}\n{}", app.log_text());
+    assert!(output.status.success(), "{}\n{}", said(&output), app.log_text());
 }
 
-/// The folder with the SDK, fetched once.
-fn sdk() -> PathBuf {
-    let cache = std::env::var_os("LATHE_CACHE").map(PathBuf::from).or_else(|| Some(std::env::home_dir()?.join(".cache/lathe")));
-    let cache = cache.expect("a home or LATHE_CACHE");
-    let folder = cache.join(format!("openai-{OPENAI}"));
-    if folder.is_dir() {
-        return folder;
-    }
-    std::fs::create_dir_all(&cache).expect("the cache can be written");
-    let staged = tempfile::tempdir_in(&cache).expect("the cache can be written");
-    let mut pip = Command::new("python3");
-    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:", "--target"]);
-    let fetched = pip.arg(staged.path()).arg(format!("openai=={OPENAI}")).output().expect("pip runs");
-    assert!(fetched.status.success(), "openai {OPENAI} cannot be fetched: {}", String::from_utf8_lossy(&fetched.stderr));
-    let staged = staged.keep();
-    // Another test process may have been first.
-    if std::fs::rename(&staged, &folder).is_err() {
-        let _ = std::fs::remove_dir_all(&staged);
-    }
-    folder
+fn python(script: &str) -> Command {
+    let mut python = Command::new("python3");
+    python.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("clients").join(script));
+    python
+}
+
+/// The folder with the SDK and what it needs, fetched once.
+fn packages() -> PathBuf {
+    let fetched = python("tools.py").arg("python").output().expect("python3 runs");
+    assert!(fetched.status.success(), "{}", said(&fetched));
+    PathBuf::from(String::from_utf8_lossy(&fetched.stdout).trim())
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
 }

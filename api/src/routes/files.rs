@@ -392,10 +392,16 @@ async fn delete_file(State(state): State<AppState>, caller: Project, Path(id): P
     Ok(Json(Deleted { id, object: "file", deleted: true }))
 }
 
+/// Bytes.
+#[derive(ToSchema)]
+#[schema(value_type = String, format = Binary, content_media_type = "application/octet-stream")]
+#[allow(dead_code, reason = "describes the answer, which is read as a stream")]
+struct FileContent(Vec<u8>);
+
 /// Get a file's content
 #[utoipa::path(
     get, path = "/v1/files/{file_id}/content", operation_id = "get_file_content", tag = "files", params(("file_id" = String, Path)),
-    responses((status = 200, description = "The bytes as they were uploaded", content_type = "application/octet-stream", body = Vec<u8>))
+    responses((status = 200, description = "The bytes as they were uploaded", content_type = "application/octet-stream", body = inline(FileContent)))
 )]
 async fn get_file_content(State(state): State<AppState>, caller: Project, Path(id): Path<String>) -> Result<Response, ApiError> {
     let file = find_file(&state.db, &caller.project_id, &id).await?;
