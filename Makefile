@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup env build run demo test chaos bench check fmt sqlx openapi sdk
+.PHONY: help setup env build run demo test chaos fuzz bench check fmt sqlx openapi sdk
 
 # The build's environment, from what setup fetched. SQL is checked against .sqlx, so no build needs
 # a database.
@@ -37,6 +37,10 @@ chaos: setup ## Faults at random moments of random jobs, 200 rounds of them, and
 	@$(ENV) cargo build --locked --workspace --all-targets; \
 	  run() { env "$$@" cargo test --quiet --locked --workspace --test it -- --nocapture chaos::; }; \
 	  run CHAOS_ROUNDS="$${CHAOS_ROUNDS:-200}" CHAOS_SEED="$${CHAOS_SEED:-1}"; run CHAOS_ROUNDS=20 CHAOS_LEASE=10 CHAOS_SEED=1001
+
+# FUZZ_SECONDS: how long each of them.
+fuzz: setup ## Every reader of a stranger's bytes on made-up input, ten minutes each
+	@$(ENV) python3 .ci/fuzz.py
 
 # Threads that wait sleep soon, as in a worker: spinning would measure what else the machine does.
 bench: setup ## Speed of training beside PyTorch's (fetched once, about 5 GB) and of decoding

@@ -203,7 +203,89 @@ impl From<MultipartError> for ApiError {
 
 #[cfg(test)]
 mod tests {
+    use axum::body::Body;
+    use lathe_jobs::artifacts::Artifacts;
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::state::ApiConfig;
+
+    const LIMIT: u64 = 300;
+
+    /// A state whose database is not there: forms need none.
+    fn state(root: &std::path::Path) -> AppState {
+        let db = sqlx::PgPool::connect_lazy("postgres://nobody@127.0.0.1:1/none").unwrap();
+        AppState::new(db, Artifacts::open(root).unwrap(), ApiConfig::default())
+    }
+
+    /// Bytes of a form with the boundary `b`, more or less.
+    fn form() -> impl Strategy<Value = Vec<u8>> {
+        let pieces = [
+            "--b\r\n",
+            "--b--\r\n",
+            "--b",
+            "\r\n",
+            "\r\n\r\n",
+            "\n",
+            "\r",
+            "--",
+            "b",
+            "Content-Disposition: form-data",
+            "; name=\"file\"",
+            "; name=\"purpose\"",
+            "; name=file",
+            "; filename=\"a/b.txt\"",
+            "; filename*=UTF-8''%ff",
+            "; name=\"\"",
+            "Content-Type: text/plain",
+            "Content-Length: 99999999999999999999",
+            "X: y",
+            ": ",
+            "text",
+            "batch",
+            "\u{0}",
+            "é",
+            "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\nabc\r\n",
+            "--b\r\nContent-Disposition: form-data; name=\"purpose\"\r\n\r\nbatch\r\n",
+        ];
+        let piece = prop_oneof![
+            8 => prop::sample::select(pieces.to_vec()).prop_map(|text| text.as_bytes().to_vec()),
+            1 => prop::collection::vec(any::<u8>(), 1..8),
+            1 => (1usize..500).prop_map(|length| vec![b'x'; length]),
+        ];
+        prop::collection::vec(piece, 0..24).prop_map(|pieces| pieces.concat())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn any_form_ends_well(bytes in form(), chunk in 1usize..600, whole in any::<bool>()) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let root = tempfile::tempdir().unwrap();
+            let received = runtime.block_on(async {
+                let state = state(root.path());
+                let chunks: Vec<_> = bytes.chunks(chunk).map(|chunk| Ok::<_, std::io::Error>(chunk.to_vec())).collect();
+                let body = if whole { Body::from(bytes) } else { Body::from_stream(futures_util::stream::iter(chunks)) };
+                let request = Request::builder().header("content-type", "multipart/form-data; boundary=b").body(body).unwrap();
+                let expected = Expected { file_field: "file", texts: &["purpose"], key: "files/one", limit: LIMIT };
+                receive(&state, request, expected).await
+            });
+            match received {
+                Ok(form) => {
+                    prop_assert!((1..=LIMIT).contains(&form.upload.bytes()));
+                    prop_assert!(!form.filename.is_empty() && !form.filename.contains(['/', '\\']));
+                }
+                Err(refusal) => {
+                    prop_assert!([400, 413].contains(&refusal.status.as_u16()), "{refusal:?}");
+                    prop_assert!(!refusal.body.error.message.is_empty());
+                }
+            }
+            // Neither of the two published anything, and what was dropped has removed itself.
+            prop_assert_eq!(std::fs::read_dir(root.path().join("tmp")).unwrap().count(), 0);
+            prop_assert!(!root.path().join("files").exists());
+        }
+    }
 
     #[test]
     fn a_fingerprint_is_of_names_and_contents_in_any_order() {

@@ -51,6 +51,7 @@ impl Bench {
 
     pub async fn on(app: TestApp) -> Bench {
         let (dataset, tokenizer) = ingredients(&app).await;
+        app.wait_for(&format!("/v1/tokenizers/{}", text(&tokenizer)), &["ready"]).await;
         let request = json!({"method": {"type": "pretrain", "objective": "causal_lm"},
             "model": {"architecture": "gpt", "layers": 2, "heads": 2, "width": 32, "context": 32, "dropout": 0.1},
             "dataset": dataset, "tokenizer": tokenizer, "validation": {"fraction": 0.1},

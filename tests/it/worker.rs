@@ -258,7 +258,10 @@ async fn bounded(task: Value, bounds: Bounds) -> (Vec<Report>, ExitStatus, Strin
             if !child.report(&mut line).await.expect("reports are lines") {
                 return child.wait().await.expect("it is our child");
             }
-            reports.push(serde_json::from_slice(&line).expect("a report"));
+            match serde_json::from_slice(&line).expect("a report") {
+                Report::Alive { .. } => {}
+                report => reports.push(report),
+            }
         }
     });
     let status = ended.await.expect("its bounds end it");

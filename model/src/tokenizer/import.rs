@@ -43,7 +43,13 @@ pub fn import(file: &Path, output: &Path) -> Result<Tokenizer, Error> {
     if bytes.len() as u64 > MAX_FILE_BYTES {
         return Err(invalid(format!("the file is larger than {} MiB, the most that is read", MAX_FILE_BYTES >> 20)));
     }
-    let mut document: Value = serde_json::from_slice(&bytes)
+    // The library panics on some of what it cannot read.
+    std::panic::catch_unwind(|| checked(&bytes, output))
+        .unwrap_or_else(|_| Err(invalid("the file is not a tokenizer.json that can be read".to_owned())))
+}
+
+fn checked(bytes: &[u8], output: &Path) -> Result<Tokenizer, Error> {
+    let mut document: Value = serde_json::from_slice(bytes)
         .map_err(|error| invalid(format!("the file is not JSON: {error}; upload a tokenizer.json")))?;
     let alphabet = alphabet(&document)?;
     for key in ["truncation", "padding", "post_processor"] {
@@ -71,7 +77,9 @@ pub fn import(file: &Path, output: &Path) -> Result<Tokenizer, Error> {
         added_roles: names.values().filter(|(_, _, added)| *added).map(|(name, _, _)| name.clone()).collect(),
     };
     let json = serde_json::to_vec(&document).map_err(|error| invalid(error.to_string()))?;
-    write(output, &json, &config)
+    let tokenizer = write(output, &json, &config)?;
+    check_texts(&tokenizer)?;
+    Ok(tokenizer)
 }
 
 fn invalid(message: String) -> Error {
@@ -169,6 +177,19 @@ fn check_bytes(inner: &Inner, alphabet: Alphabet) -> Result<(), Error> {
         return Err(invalid(format!(
             "{missing} of the bytes that occur in UTF-8 have no token, so text would be lost; train it with the whole byte alphabet"
         )));
+    }
+    Ok(())
+}
+
+/// Text of all kinds comes back from its tokens, but for a space that some put before it.
+fn check_texts(tokenizer: &Tokenizer) -> Result<(), Error> {
+    for text in ["Hello, World: a1b22  c\n\n\tend.", "wörld ÄÖ 你好 🙂", "[INS] <|endoftext|> </s>"] {
+        let decoded = tokenizer.decode(&tokenizer.encode(text));
+        if decoded.trim_start() != text {
+            return Err(invalid(format!(
+                "the text {text:?} comes back from its tokens as {decoded:?}: its normalizer and its pre_tokenizer must keep every character, as ByteLevel does"
+            )));
+        }
     }
     Ok(())
 }

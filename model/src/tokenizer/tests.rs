@@ -182,6 +182,8 @@ fn bad_uploads_are_refused_with_a_sentence() {
     let huge = foreign(&[("/model/vocab/a", json!(4_000_000_000u32))]);
     let twice = foreign(&[("/model/vocab/a", json!(98))]);
     let gap = foreign(&[("/model/vocab/<|endoftext|>", json!(300)), ("/added_tokens/0/id", json!(300))]);
+    let whole = foreign(&[("/pre_tokenizer", json!({"type": "Sequence", "pretokenizers": []}))]);
+    let lower = foreign(&[("/normalizer", json!({"type": "Lowercase"}))]);
     let mut holes = foreign(&[]);
     holes["model"]["vocab"].as_object_mut().unwrap().remove("é");
     holes["model"]["vocab"].as_object_mut().unwrap().remove("Ċ");
@@ -191,6 +193,8 @@ fn bad_uploads_are_refused_with_a_sentence() {
         (twice.to_string(), "another token"),
         (gap.to_string(), "no token has the id 256"),
         (holes.to_string(), "bytes that occur"),
+        (whole.to_string(), "comes back"),
+        (lower.to_string(), "comes back"),
         (json!({"hello": 1}).to_string(), "decoder"),
         ("{".to_owned(), "not JSON"),
         (json!({"decoder": {"type": "ByteLevel"}, "model": 3}).to_string(), "tokenizer.json"),
@@ -199,5 +203,87 @@ fn bad_uploads_are_refused_with_a_sentence() {
         let Err(error) = imported(document.as_bytes()) else { panic!("accepted: {part}") };
         assert!(error.to_string().contains(part), "{part}: {error}");
         assert!(matches!(Failure::from(error), Failure { code: FailureCode::InvalidTokenizer, retryable: false, .. }));
+    }
+}
+
+/// It is refused with a sentence, or it encodes what it decodes to.
+fn ends_well(document: &[u8]) -> Result<(), TestCaseError> {
+    match imported(document) {
+        Err(error) => prop_assert!(!error.to_string().is_empty()),
+        Ok(tokenizer) => {
+            let text = "Hello, wörld 42 [INS]";
+            let decoded = tokenizer.decode(&tokenizer.encode(text));
+            prop_assert_eq!(decoded.trim_start(), text);
+        }
+    }
+    Ok(())
+}
+
+/// What a member of the file might be instead.
+fn member() -> impl Strategy<Value = Value> {
+    let oddities = [
+        json!(null),
+        json!(true),
+        json!(-1),
+        json!(3),
+        json!(1e300),
+        json!(""),
+        json!("[INS]"),
+        json!("a b"),
+        json!([]),
+        json!([[]]),
+        json!(["a", "b", "c"]),
+        json!([["a"], ["b", "c"], "a b"]),
+        json!(["t h", "h e", "t h"]),
+        json!({}),
+        json!({"a": 0}),
+        json!({"a": -1, "b": 4_294_967_295u32}),
+        json!({"type": "BPE"}),
+        json!({"type": "ByteLevel"}),
+        json!({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}),
+        json!({"type": "Unigram", "unk_id": 9, "vocab": [["a", -1.0]], "byte_fallback": false}),
+        json!({"type": "Sequence", "pretokenizers": [], "normalizers": [], "decoders": [], "processors": []}),
+        json!({"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": false}),
+        json!({"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": false}),
+        json!({"type": "Split", "pattern": {"String": ""}, "behavior": "Removed", "invert": true}),
+        json!({"type": "Replace", "pattern": {"Regex": ""}, "content": "xx"}),
+        json!({"type": "Lowercase"}),
+        json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        json!({"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}),
+        json!([{"id": 1, "content": "", "single_word": true, "lstrip": true, "rstrip": true, "normalized": true, "special": false}]),
+        json!([{"id": 4_294_967_295u32, "content": "x", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}]),
+    ];
+    prop::sample::select(oddities.to_vec())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_damaged_upload_ends_well(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
+        let mut bytes = foreign(&[]).to_string().into_bytes();
+        for (index, byte) in changes {
+            let at = index.index(bytes.len());
+            bytes[at] = byte;
+        }
+        ends_well(&bytes)?;
+    }
+
+    #[test]
+    fn an_upload_with_any_members_ends_well(
+        changes in prop::collection::vec((prop::sample::select(vec![
+            "/added_tokens", "/normalizer", "/pre_tokenizer", "/post_processor", "/decoder", "/truncation", "/padding", "/model",
+            "/model/type", "/model/vocab", "/model/merges", "/model/unk_token", "/model/dropout", "/model/fuse_unk",
+            "/model/continuing_subword_prefix", "/model/end_of_word_suffix", "/added_tokens/0/content", "/added_tokens/0/id",
+            "/pre_tokenizer/add_prefix_space", "/pre_tokenizer/use_regex",
+        ]), member()), 1..4),
+    ) {
+        let mut document = foreign(&[]);
+        for (path, value) in changes {
+            if let Some(member) = document.pointer_mut(path) {
+                *member = value;
+            }
+        }
+        ends_well(document.to_string().as_bytes())?;
     }
 }

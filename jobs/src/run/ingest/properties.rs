@@ -4,6 +4,7 @@
 use std::sync::atomic::AtomicBool;
 
 use proptest::prelude::*;
+use serde_json::json;
 
 use super::*;
 
@@ -104,7 +105,7 @@ fn compressed(bytes: &[u8], layer: u8) -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_bytes_end_well(
@@ -161,6 +162,99 @@ proptest! {
             bytes[at] = byte;
         }
         ingest(&bytes, "a.parquet", format, Documents::File, OnBadRow::Skip);
+    }
+}
+
+/// A template of pieces that mean something to the renderer.
+fn template() -> impl Strategy<Value = String> {
+    let pieces = [
+        "{{",
+        "}}",
+        "{%",
+        "%}",
+        "{#",
+        "#}",
+        " a ",
+        "b",
+        "|",
+        "upper",
+        "join",
+        "range(",
+        ")",
+        "for i in ",
+        "endfor",
+        "if ",
+        "else",
+        "endif",
+        "set x = ",
+        "macro m()",
+        "endmacro",
+        "m()",
+        "'",
+        "\"",
+        "[",
+        "]",
+        "1",
+        "-1",
+        "99999999999999999999",
+        " * ",
+        " ** ",
+        " // ",
+        " % ",
+        " / 0",
+        "'x' * 9999999",
+        "range(10000000)",
+        "a.b.c",
+        "[::-1]",
+        "loop",
+        "self",
+        "é",
+        "\n",
+        "{{ a }}",
+        "{% for i in range(1000) %}",
+        "{% endfor %}",
+        "{% include 'x' %}",
+        "{% extends 'x' %}",
+        "{% raw %}",
+        "text",
+    ];
+    prop::collection::vec(prop::sample::select(pieces.to_vec()), 0..14).prop_map(|pieces| pieces.concat())
+}
+
+fn variable() -> impl Strategy<Value = Variable> {
+    prop_oneof![
+        (any::<i64>(), any::<i64>()).prop_map(|(from, to)| Variable::Range(from, to)),
+        (0i64..9, 0i64..9).prop_map(|(from, to)| Variable::Range(from, to)),
+        prop::collection::vec(prop::sample::select(vec![json!(1), json!("x"), json!(null), json!({"c": [1]})]), 0..4)
+            .prop_map(Variable::Choice),
+        (0u32..40).prop_map(Variable::Digits),
+        (0u32..40).prop_map(Variable::Letters),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_template_ends_well(
+        instruction in template(), output in template(), key in prop::option::of(template()),
+        variables in prop::collection::btree_map(prop::sample::select(vec!["a", "b", "i", "1x", ""]), variable(), 0..3),
+        rows in 0u64..30, seed in any::<u64>(),
+    ) {
+        let variables = variables.into_iter().map(|(name, variable)| (name.to_owned(), variable)).collect();
+        let template = TemplateSpec { family: None, key, instruction: Wordings::One(instruction), input: None, output, variables };
+        let folder = tempfile::tempdir().unwrap();
+        let output = folder.path().join("dataset");
+        let source = Source::Template(TemplateSource { rows, seed, templates: vec![template], exclude: Vec::new() });
+        let spec =
+            IngestSpec { source, output: output.clone(), max_bytes: 1 << 20, max_ratio: 100, max_line_bytes: 1 << 16 };
+        match run(spec, &mut |_| {}, &AtomicBool::new(false)) {
+            Ok(made) => prop_assert_eq!(made.manifest.rows, rows),
+            Err(failure) => {
+                prop_assert!(!failure.message.is_empty());
+                prop_assert_ne!(failure.code, FailureCode::Internal, "{:?}", failure);
+            }
+        }
     }
 }
 
