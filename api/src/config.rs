@@ -365,6 +365,8 @@ mod tests {
             "http://a",
             "--cors-origin",
             "http://b",
+            "--requests-per-minute",
+            "60",
             "--deterministic-decode",
         ]);
         let Command::Serve(args) = cli.expect("the flags are known").command else { panic!("another command") };
