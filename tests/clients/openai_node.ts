@@ -1,6 +1,7 @@
 // Drives a Lathe server with the stock `openai` SDK: all that it covers of the server's routes.
 //
-// Run by run.py, which gives LATHE_URL, LATHE_KEY and LATHE_BASE_MODEL (a ready causal model).
+// Run by run.py, which gives LATHE_URL, LATHE_KEY and LATHE_BASE_MODEL (a ready causal model). The
+// server must have a limit of requests per minute.
 import { strict as assert } from 'node:assert';
 import { createHash } from 'node:crypto';
 import { setTimeout as pause } from 'node:timers/promises';
@@ -44,13 +45,13 @@ async function all<T>(items: AsyncIterable<T>): Promise<T[]> {
   return seen;
 }
 
-async function waitUntil<T>(look: () => Promise<T | undefined | false>, what: string): Promise<T> {
+async function waitUntil<T>(look: () => Promise<T | undefined | false>, what: string, every = 100): Promise<T> {
   const until = Date.now() + 120_000;
   for (;;) {
     const value = await look();
     if (value) return value;
     assert(Date.now() < until, what);
-    await pause(100);
+    await pause(every);
   }
 }
 
@@ -205,6 +206,30 @@ await step('errors', async () => {
   const stranger = client.withOptions({ apiKey: 'sk-nobody' });
   await refused(OpenAI.AuthenticationError, () => stranger.models.list());
   return [undefined, '400, 401, 404, 409, 422; none is tried again'] as const;
+});
+
+await step('rate limit', async () => {
+  // A key of its own, since the others' requests would be refused too.
+  const keys = '/projects/proj_default/keys';
+  const created: { id: string; key: string } = await client.post(keys, { body: { name: 'spends its minute' } });
+  const limited = client.withOptions({ apiKey: created.key });
+  const spend = () => fetch(`${client.baseURL}/models?limit=1`, { headers: { Authorization: `Bearer ${created.key}` } });
+  for (let answer = await spend(); answer.status === 200; answer = await spend()) await answer.arrayBuffer();
+  // Meanwhile there may be room for one more.
+  const error = await waitUntil(async () => {
+    try {
+      await limited.withOptions({ maxRetries: 0 }).models.list();
+    } catch (error) {
+      assert(error instanceof OpenAI.RateLimitError, String(error));
+      return error;
+    }
+  }, 'a request too many', 0);
+  assert(Number(error.headers?.get('retry-after')) >= 1);
+  assert.equal(error.headers?.get('x-ratelimit-remaining-requests'), '0');
+  assert((await limited.models.list()).data.length > 0, 'tried again after Retry-After');
+  await client.delete(`${keys}/${created.id}`);
+  const limit = error.headers?.get('x-ratelimit-limit-requests');
+  return [undefined, `${limit} requests, a 429, and the next after Retry-After`] as const;
 });
 
 await step('retries', async () => {

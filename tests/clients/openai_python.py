@@ -1,7 +1,7 @@
 """Drives a Lathe server with the stock `openai` SDK: all that it covers of the server's routes.
 
 Run by run.py, and in the test suite by tests/it/openai_sdk.rs, which both give LATHE_URL, LATHE_KEY and LATHE_BASE_MODEL
-(a ready causal model).
+(a ready causal model). The server must have a limit of requests per minute.
 """
 
 import hashlib
@@ -37,11 +37,11 @@ def refused(kind, call):
     raise AssertionError(f"{kind.__name__} was expected")
 
 
-def wait_until(seen, what):
+def wait_until(seen, what, pause=0.1):
     until = time.monotonic() + 120
     while not (value := seen()):
         expect(time.monotonic() < until, what)
-        time.sleep(0.1)
+        time.sleep(pause)
     return value
 
 
@@ -197,6 +197,29 @@ def errors():
     return "400, 401, 404, 409, 422; none is tried again"
 
 
+def rate_limit():
+    # A key of its own, since the others' requests would be refused too.
+    created = client.post("/projects/proj_default/keys", cast_to=dict, body={"name": "spends its minute"})
+    limited = client.with_options(api_key=created["key"])
+    with openai.DefaultHttpxClient(headers={"Authorization": f"Bearer {created['key']}"}) as spender:
+        while spender.get(f"{BASE_URL}/models?limit=1").status_code == 200:
+            pass
+
+    def spend():
+        try:
+            limited.with_options(max_retries=0).models.list()
+        except openai.RateLimitError as error:
+            return error
+
+    # Meanwhile there may be room for one more.
+    error = wait_until(spend, "a request too many", pause=0)
+    expect(int(error.response.headers["retry-after"]) >= 1, error.response.headers)
+    expect(error.response.headers["x-ratelimit-remaining-requests"] == "0", error.response.headers)
+    expect(limited.models.list().data, "tried again after `Retry-After`")
+    client.delete(f"/projects/proj_default/keys/{created['id']}", cast_to=dict)
+    return f"{error.response.headers['x-ratelimit-limit-requests']} requests, a 429, and the next after Retry-After"
+
+
 class LosesFirstAnswers(openai.DefaultHttpxClient):
     """Sends every request, and loses the answer to each one that is not a retry."""
 
@@ -248,5 +271,6 @@ step("completions", complete)
 step("chat", chat)
 step("chat with logprobs", logprobs)
 step("errors", errors)
+step("rate limit", rate_limit)
 step("retries", retries)
 step("deletion", delete)

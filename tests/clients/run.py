@@ -27,7 +27,9 @@ KEY = "sk-lathe-key-of-the-client-drives-000000000000000000"
 
 # A drive that takes longer hangs.
 DRIVE_SECONDS = 600
-START_SECONDS = 120
+
+# More than a drive sends, and few enough to spend in a moment.
+REQUESTS_PER_MINUTE = 600
 
 
 @dataclass
@@ -88,12 +90,14 @@ class Server:
         # The embedded database's user must be able to pass through.
         os.chmod(self.folder.name, 0o755)
         self.log = Path(self.folder.name) / "log"
-        binary = os.environ.get("LATHE_BIN", ROOT / "target/release/lathe")
+        binary = Path(os.environ.get("LATHE_BIN", ROOT / "target/release/lathe"))
+        if not binary.exists():
+            sys.exit(f"there is no {binary}: build it with `make build`, or name one in LATHE_BIN")
         environment = {**os.environ, "LATHE_DATA_DIR": f"{self.folder.name}/data", "LATHE_API_KEY": KEY}
         environment.pop("DATABASE_URL", None)
         with self.log.open("w") as log:
-            self.process = subprocess.Popen([binary, "serve", "--listen", "127.0.0.1:0"], cwd=ROOT, env=environment,
-                                            stdout=subprocess.PIPE, stderr=log, text=True)
+            self.process = subprocess.Popen([binary, "serve", "--listen", "127.0.0.1:0", "--requests-per-minute", str(REQUESTS_PER_MINUTE)],
+                                            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         ready = self.process.stdout.readline()
         if not ready.startswith("Lathe is ready at "):
             self.say_log()

@@ -78,7 +78,7 @@ def node_packages() -> Path:
     target = setup.cache_root() / f"clients-node-{digest(*locks)}"
     if not target.is_dir():
         path = f"{node().parent}{os.pathsep}{os.environ['PATH']}"
-        install(target, [*npm(), "ci", "--ignore-scripts", "--no-audit", "--no-fund"], locks, {"PATH": path})
+        install(target, [*npm(), "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier"], locks, {"PATH": path})
     return target / "node_modules"
 
 

@@ -11,7 +11,7 @@ use crate::training;
 
 #[tokio::test]
 async fn the_stock_openai_sdk_is_content() {
-    let app = TestApp::start().await;
+    let app = TestApp::builder().argument("--requests-per-minute=600").start().await;
     let base = training::pretrained(&app).await;
     let (url, key) = (app.url.clone(), app.key.clone());
     let ran = tokio::task::spawn_blocking(move || {
