@@ -98,6 +98,13 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
             .and_then(Value::as_array)
             .is_some_and(|tags| tags.iter().any(|tag| names.iter().any(|name| tag == name)))
     };
+    // A body that is optional may be left out; it may not be null.
+    if let Some(schema) = operation.get_mut("requestBody").and_then(|body| body.pointer_mut("/content/application~1json/schema"))
+        && let Some(body) = schema["oneOf"].as_array().and_then(|either| either.iter().find(|one| one["$ref"].is_string()))
+        && schema["oneOf"].as_array().is_some_and(|either| either.iter().any(|one| one["type"] == "null"))
+    {
+        *schema = body.clone();
+    }
     let (public, admin) = (tagged(operation, &[PUBLIC_TAG]), tagged(operation, &ADMIN_TAGS));
     let body = operation.get("requestBody").map(|body| &body["content"]);
     let (has_body, has_json) = (body.is_some(), body.is_some_and(|body| body["application/json"].is_object()));

@@ -94,6 +94,7 @@ pub struct Deleted {
 #[into_params(parameter_in = Query)]
 pub struct ListQuery {
     /// Id of the last item of the page before.
+    #[param(min_length = 1)]
     pub after: Option<String>,
     /// Items a page.
     #[param(minimum = 1, maximum = 100, default = 20)]

@@ -303,6 +303,7 @@ fn form_value(texts: std::collections::BTreeMap<String, String>) -> Result<Value
 #[into_params(parameter_in = Query)]
 pub struct ListFiles {
     /// The id of the last item of the page before.
+    #[param(min_length = 1)]
     after: Option<String>,
     #[param(minimum = 1, maximum = 10000, default = 10000)]
     limit: Option<i64>,

@@ -149,6 +149,7 @@ fn no_model(id: &str) -> ApiError {
 #[into_params(parameter_in = Query)]
 pub struct ListModels {
     /// Id of the last item of the page before.
+    #[param(min_length = 1)]
     after: Option<String>,
     /// All of them, for all that OpenAI's SDKs can see: they do not page through models.
     #[param(minimum = 1, maximum = 10000, default = 10000)]

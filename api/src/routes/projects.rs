@@ -99,6 +99,7 @@ async fn create_project(
 #[into_params(parameter_in = Query)]
 pub struct ListProjects {
     /// The id of the last item of the page before.
+    #[param(min_length = 1)]
     after: Option<String>,
     #[param(minimum = 1, maximum = 100, default = 20)]
     limit: Option<i64>,
@@ -193,7 +194,7 @@ impl From<KeyRow> for KeyObject {
 ///
 /// The answer is the only one that holds the secret, `key`.
 #[utoipa::path(
-    post, path = "/v1/projects/{project_id}/keys", operation_id = "create_key", tag = "projects", request_body = CreateKey,
+    post, path = "/v1/projects/{project_id}/keys", operation_id = "create_key", tag = "projects", request_body = Option<CreateKey>,
     params(("project_id" = String, Path)),
     responses((status = 200, description = "The key with its secret", body = KeyObject))
 )]
@@ -223,6 +224,7 @@ async fn create_key(
 #[into_params(parameter_in = Query)]
 pub struct ListKeys {
     /// The id of the last item of the page before.
+    #[param(min_length = 1)]
     after: Option<String>,
     #[param(minimum = 1, maximum = 100, default = 20)]
     limit: Option<i64>,

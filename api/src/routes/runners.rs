@@ -74,6 +74,7 @@ pub struct RunnerObject {
 #[into_params(parameter_in = Query)]
 pub struct ListRunners {
     /// The id of the last item of the page before.
+    #[param(min_length = 1)]
     after: Option<String>,
     #[param(minimum = 1, maximum = 100, default = 20)]
     limit: Option<i64>,

@@ -283,6 +283,7 @@ impl FineTuningJobObject {
 #[into_params(parameter_in = Query)]
 pub struct ListEvents {
     /// Id of the last event of the page before.
+    #[param(min_length = 1)]
     pub after: Option<String>,
     #[param(minimum = 1, maximum = 100, default = 20)]
     pub limit: Option<i64>,
@@ -293,6 +294,7 @@ pub struct ListEvents {
 #[into_params(parameter_in = Query)]
 pub struct ListCheckpoints {
     /// Id of the last checkpoint of the page before.
+    #[param(min_length = 1)]
     pub after: Option<String>,
     #[param(minimum = 1, maximum = 100, default = 10)]
     pub limit: Option<i64>,

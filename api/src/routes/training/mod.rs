@@ -314,6 +314,7 @@ pub(super) async fn find(conn: &mut PgConnection, project_id: &str, id: &str) ->
 #[into_params(parameter_in = Query)]
 pub struct ListTrainingJobs {
     /// Id of the last item of the page before.
+    #[param(min_length = 1)]
     after: Option<String>,
     #[param(minimum = 1, maximum = 100, default = 20)]
     limit: Option<i64>,

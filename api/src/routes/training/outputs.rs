@@ -82,6 +82,7 @@ impl CheckpointObject {
 #[into_params(parameter_in = Query)]
 pub struct CheckpointsQuery {
     /// Id of the last checkpoint of the page before.
+    #[param(min_length = 1)]
     after: Option<String>,
     #[param(minimum = 1, maximum = 1000, default = 100)]
     limit: Option<i64>,
