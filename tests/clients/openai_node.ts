@@ -242,7 +242,12 @@ await step('retries', async () => {
   const lossy = client.withOptions({ fetch: losing });
   const before = (await all(client.files.list())).length;
   const twice = await lossy.files.create({ file: await toFile(Buffer.from('sent twice'), 'twice.txt'), purpose: 'user_data' });
-  const job = await lossy.fineTuning.jobs.create({ model: BASE_MODEL, training_file: file.id, suffix: 'once-node' });
+  const job = await lossy.fineTuning.jobs.create({
+    model: BASE_MODEL,
+    training_file: file.id,
+    suffix: 'once-node',
+    hyperparameters: { n_epochs: 1000 },
+  });
   assert.deepEqual(sent.slice(-4), ['0', '1', '0', '1']);
   assert.equal((await all(client.files.list())).length, before + 1);
   const jobs = (await all(client.fineTuning.jobs.list())) as { user_provided_suffix?: string | null }[];

@@ -236,7 +236,7 @@ def retries():
     lossy = client.with_options(http_client=LosesFirstAnswers())
     before, listed = len(sent), len(list(client.files.list()))
     twice = lossy.files.create(file=("twice.txt", b"sent twice"), purpose="user_data")
-    job = lossy.fine_tuning.jobs.create(model=BASE_MODEL, training_file=file.id, suffix="once", hyperparameters={"n_epochs": 1})
+    job = lossy.fine_tuning.jobs.create(model=BASE_MODEL, training_file=file.id, suffix="once", hyperparameters={"n_epochs": 1000})
     expect([request.headers["x-stainless-retry-count"] for request in sent[-4:]] == ["0", "1", "0", "1"], sent[before:])
     expect(len(list(client.files.list())) == listed + 1, "a file whose answer was lost is made once")
     expect([one.user_provided_suffix for one in client.fine_tuning.jobs.list()].count("once") == 1)
