@@ -174,49 +174,73 @@ async fn end(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Lease, ending
     if let (Ending::Succeeded(product), JobState::Succeeded) = (&ending, settled.state) {
         publish::register(tx, artifacts, lease, product).await?;
     }
-    sqlx::query!(
-        "UPDATE job_attempts SET ended_at = now(), outcome = $2 WHERE lease_token = $1 AND ended_at IS NULL",
-        lease.token,
-        settled.outcome.as_str()
-    )
-    .execute(&mut *tx)
-    .await?;
-    sqlx::query!("UPDATE attempt_ranks SET state = 'ended' WHERE job_id = $1 AND attempt = $2", lease.job_id, lease.attempt)
-        .execute(&mut *tx)
-        .await?;
     let failures = job.failures + i32::from(settled.counts);
     let wait = if settled.counts { back_off(failures) } else { 0.0 };
-    let error = settled.failure.as_ref().filter(|_| settled.state == JobState::Failed).map(settle::error_of);
-    let moved = sqlx::query!(
-        "UPDATE jobs SET state = $3, failures = $4, error = $5, phase = NULL,
-             finished_at = CASE WHEN $3 IN ('cancelled', 'succeeded', 'failed') THEN now() END,
-             queued_at = CASE WHEN $3 = 'queued' THEN now() ELSE queued_at END,
-             run_after = CASE WHEN $3 = 'queued' THEN now() + make_interval(secs => $6) ELSE run_after END
-         WHERE id = $1 AND state = $2",
-        lease.job_id,
-        job.state.as_str(),
-        settled.state.as_str(),
-        failures,
-        error,
-        wait,
-    )
-    .execute(&mut *tx)
-    .await?;
-    if moved.rows_affected() != 1 {
-        return Err(LeaseError::Lost);
-    }
-    follow(tx, lease, &settled, &ending, wait).await?;
+    move_on(tx, lease, job.state, &settled, &Move { failures, wait, ending: &ending }).await?;
+    follow(tx, lease, &settled).await?;
     Ok(settled.state)
 }
 
-/// Everything that an end of an attempt means to others: resources, dependants, events, runners.
-async fn follow(
+/// What else an end writes.
+struct Move<'a> {
+    failures: i32,
+    /// Seconds until the next attempt may begin.
+    wait: f64,
+    ending: &'a Ending,
+}
+
+/// Ends attempt and rank, moves the job to its new state and says so, in one statement. Runners are told
+/// of every state but success, which is nothing to them.
+async fn move_on(
     tx: &mut PgConnection,
     lease: &Lease,
+    from: JobState,
     settled: &Settlement,
-    ending: &Ending,
-    wait: f64,
-) -> Result<(), sqlx::Error> {
+    more: &Move<'_>,
+) -> Result<(), LeaseError> {
+    let error = settled.failure.as_ref().filter(|_| settled.state == JobState::Failed).map(settle::error_of);
+    let mut data = json!({ "attempt": lease.attempt, "outcome": settled.outcome });
+    if let Some(failure) = &settled.failure {
+        data["code"] = json!(failure.code);
+    }
+    let (level, code, message) = describe(settled, more.ending, more.wait);
+    let moved = sqlx::query!(
+        "WITH attempts AS (
+             UPDATE job_attempts SET ended_at = now(), outcome = $7 WHERE lease_token = $8 AND ended_at IS NULL
+         ), ranks AS (
+             UPDATE attempt_ranks SET state = 'ended' WHERE job_id = $1 AND attempt = $9
+         ), moved AS (
+             UPDATE jobs SET state = $3, failures = $4, error = $5, phase = NULL, next_event = next_event + 1,
+                 finished_at = CASE WHEN $3 IN ('cancelled', 'succeeded', 'failed') THEN now() END,
+                 queued_at = CASE WHEN $3 = 'queued' THEN now() ELSE queued_at END,
+                 run_after = CASE WHEN $3 = 'queued' THEN now() + make_interval(secs => $6) ELSE run_after END
+             WHERE id = $1 AND state = $2 RETURNING id, next_event - 1 AS event
+         ), events AS (
+             INSERT INTO job_events (job_id, id, level, code, message, data) SELECT id, event, $10, $11, $12, $13 FROM moved
+         )
+         SELECT pg_notify('lathe_events', id) AS told, CASE WHEN $3 <> 'succeeded' THEN pg_notify('lathe_jobs', id) END AS woken
+         FROM moved",
+        lease.job_id,
+        from.as_str(),
+        settled.state.as_str(),
+        more.failures,
+        error,
+        more.wait,
+        settled.outcome.as_str(),
+        lease.token,
+        lease.attempt,
+        events::level_name(level),
+        code,
+        message,
+        data,
+    )
+    .fetch_optional(tx)
+    .await?;
+    moved.map(drop).ok_or(LeaseError::Lost)
+}
+
+/// What an end of an attempt means to others: resources and dependants.
+async fn follow(tx: &mut PgConnection, lease: &Lease, settled: &Settlement) -> Result<(), sqlx::Error> {
     match settled.state {
         JobState::Succeeded => settle::release_dependants(tx, &lease.job_id).await?,
         JobState::Failed => {
@@ -231,13 +255,7 @@ async fn follow(
         }
         _ => {}
     }
-    let mut data = json!({ "attempt": lease.attempt, "outcome": settled.outcome });
-    if let Some(failure) = &settled.failure {
-        data["code"] = json!(failure.code);
-    }
-    let (level, code, message) = describe(settled, ending, wait);
-    events::append(tx, &lease.job_id, level, code, &message, &data).await?;
-    settle::tell_runners(tx, &lease.job_id).await
+    Ok(())
 }
 
 fn describe(settled: &Settlement, ending: &Ending, wait: f64) -> (Level, &'static str, String) {

@@ -6,13 +6,12 @@
 //! whose time has run out keeps its lease until a reaper has ended it, so a runner that was cut off
 //! from the database goes on when it is back unless someone has decided otherwise.
 
-use lathe_model::protocol::Level;
-use serde_json::{Value, json};
-use sqlx::{Connection, PgConnection};
+use serde_json::Value;
+use sqlx::PgConnection;
 
 use crate::{
     artifacts::ArtifactError,
-    events, ids, settle,
+    ids,
     state::{JobState, Kind, Pool},
 };
 
@@ -60,53 +59,52 @@ pub struct Claimed {
     pub model_id: Option<String>,
 }
 
-/// Takes the job that is next: the highest priority, then the longest queued.
+/// Takes the job that is next: the highest priority, then the longest queued. One statement, so that a
+/// claim costs one answer of the database and one version of the job's row.
 pub async fn claim(conn: &mut PgConnection, claimant: &Claimant) -> Result<Option<Claimed>, sqlx::Error> {
-    let mut tx = conn.begin().await?;
-    let Some(row) = sqlx::query!(
+    let token = ids::secret();
+    let row = sqlx::query!(
         r#"WITH next AS (
                SELECT id FROM jobs
                WHERE state = 'queued' AND pool = $1 AND devices <= $2 AND run_after <= now()
                ORDER BY priority DESC, queued_at, id FOR UPDATE SKIP LOCKED LIMIT 1
+           ), claimed AS (
+               UPDATE jobs SET state = 'running', attempt = attempt + 1, started_at = coalesce(started_at, now()),
+                   phase = 'preparing', next_event = next_event + 1
+               FROM next WHERE jobs.id = next.id AND state = 'queued'
+               RETURNING jobs.id, attempt, next_event - 1 AS event, kind, spec, dataset_id, validation_dataset_id, tokenizer_id,
+                   base_model_id, model_id
+           ), attempts AS (
+               INSERT INTO job_attempts (job_id, n, runner_id, lease_token, expires_at)
+               SELECT id, attempt, $3, $4, now() + make_interval(secs => $5) FROM claimed
+           ), ranks AS (
+               INSERT INTO attempt_ranks (job_id, attempt, rank, runner_id, devices, state)
+               SELECT id, attempt, 0, $3, $6, 'starting' FROM claimed
+           ), begun_datasets AS (
+               UPDATE datasets SET state = 'running' FROM claimed WHERE job_id = claimed.id AND state = 'queued'
+           ), begun_tokenizers AS (
+               UPDATE tokenizers SET state = 'running' FROM claimed WHERE job_id = claimed.id AND state = 'queued'
+           ), begun_models AS (
+               UPDATE models SET state = 'running' FROM claimed WHERE job_id = claimed.id AND state = 'queued'
+           ), events AS (
+               INSERT INTO job_events (job_id, id, level, code, message, data)
+               SELECT id, event, 'info', 'job.started', format('Attempt %s has begun.', attempt),
+                   jsonb_build_object('attempt', attempt, 'runner', $3::text) FROM claimed
            )
-           UPDATE jobs SET state = 'running', attempt = attempt + 1, started_at = coalesce(started_at, now()), phase = 'preparing'
-           FROM next WHERE jobs.id = next.id AND state = 'queued'
-           RETURNING jobs.id, attempt, kind AS "kind: Kind", spec, dataset_id, validation_dataset_id, tokenizer_id, base_model_id, model_id"#,
+           SELECT id, attempt, kind AS "kind: Kind", spec, dataset_id, validation_dataset_id, tokenizer_id, base_model_id, model_id,
+               pg_notify('lathe_events', id) AS told
+           FROM claimed"#,
         claimant.pool.as_str(),
         claimant.devices,
-    )
-    .fetch_optional(&mut *tx)
-    .await?
-    else {
-        return Ok(None);
-    };
-    let lease = Lease { job_id: row.id, attempt: row.attempt, token: ids::secret() };
-    sqlx::query!(
-        "INSERT INTO job_attempts (job_id, n, runner_id, lease_token, expires_at) VALUES ($1, $2, $3, $4, now() + make_interval(secs => $5))",
-        lease.job_id,
-        lease.attempt,
         claimant.runner_id,
-        lease.token,
+        token,
         claimant.lease_seconds,
-    )
-    .execute(&mut *tx)
-    .await?;
-    sqlx::query!(
-        "INSERT INTO attempt_ranks (job_id, attempt, rank, runner_id, devices, state) VALUES ($1, $2, 0, $3, $4, 'starting')",
-        lease.job_id,
-        lease.attempt,
-        claimant.runner_id,
         claimant.offered,
     )
-    .execute(&mut *tx)
+    .fetch_optional(conn)
     .await?;
-    settle::start_resources(&mut tx, &lease.job_id).await?;
-    let data = json!({ "attempt": lease.attempt, "runner": claimant.runner_id });
-    let message = format!("Attempt {} has begun.", lease.attempt);
-    events::append(&mut tx, &lease.job_id, Level::Info, "job.started", &message, &data).await?;
-    tx.commit().await?;
-    Ok(Some(Claimed {
-        lease,
+    Ok(row.map(|row| Claimed {
+        lease: Lease { job_id: row.id, attempt: row.attempt, token },
         kind: row.kind,
         spec: row.spec,
         dataset_id: row.dataset_id,

@@ -138,20 +138,6 @@ pub async fn fail_resources(conn: &mut PgConnection, job_id: &str, failure: &Fai
     Ok(())
 }
 
-/// Marks what a job makes as being made.
-pub async fn start_resources(conn: &mut PgConnection, job_id: &str) -> Result<(), sqlx::Error> {
-    sqlx::query!("UPDATE datasets SET state = 'running' WHERE job_id = $1 AND state = 'queued'", job_id)
-        .execute(&mut *conn)
-        .await?;
-    sqlx::query!("UPDATE tokenizers SET state = 'running' WHERE job_id = $1 AND state = 'queued'", job_id)
-        .execute(&mut *conn)
-        .await?;
-    sqlx::query!("UPDATE models SET state = 'running' WHERE job_id = $1 AND state = 'queued'", job_id)
-        .execute(&mut *conn)
-        .await?;
-    Ok(())
-}
-
 /// Why what a cancelled job was to make will not come.
 pub fn cancelled() -> Failure {
     Failure {
