@@ -42,10 +42,9 @@ chaos: setup ## Faults at random moments of random jobs, 200 rounds of them, and
 fuzz: setup ## Every reader of a stranger's bytes on made-up input, ten minutes each
 	@$(ENV) python3 .ci/fuzz.py
 
-# Threads that wait sleep soon, as in a worker: spinning would measure what else the machine does.
-bench: setup ## Speed of training beside PyTorch's (fetched once, about 5 GB) and of decoding
-	@$(ENV) LATHE_PEER="$$(python3 docker/setup.py peer)"; export LATHE_PEER GOMP_SPINCOUNT=1000; \
-	  cargo bench --locked -p lathe-model
+# PART: one part alone, or several; docs/benchmarks.md lists them.
+bench: build ## What a user would pick instead, beside Lathe: a table with its verdict last
+	@$(ENV) python3 tests/bench/run.py $(PART)
 
 sdk: build ## Generate clients from openapi/openapi.json; drive a live server with them and with the openai SDKs
 	@$(ENV) python3 tests/clients/run.py

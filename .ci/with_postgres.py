@@ -9,6 +9,7 @@ where that user cannot reach the binaries (a private home), a copy is taken. `--
 command applies migrations/*.sql first.
 """
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -34,49 +35,59 @@ def server_user():
     return 65534, 65534
 
 
-def main() -> int:
-    arguments = sys.argv[1:]
-    migrate = arguments[:1] == ["--migrate"]
-    command = arguments[1:] if migrate else arguments
-    if not command:
-        sys.exit(__doc__)
+@contextlib.contextmanager
+def server(durable: bool = False):
+    """A fresh server while the block runs: its port, and how to run a program of PostgreSQL as its user. `durable` writes
+    through to the disk, as a server in earnest does."""
     binaries = Path(os.environ["LATHE_POSTGRES_BIN"])
     user = server_user()
     folder = Path(tempfile.mkdtemp(prefix="lathe-pg-", dir="/tmp"))
 
-    def run(*words, **options):
+    def run(program, *words, **options):
         if user:
             options |= {"user": user[0], "group": user[1], "extra_groups": []}
-        return subprocess.run([str(word) for word in words], check=True, cwd=folder, stdout=subprocess.DEVNULL, **options)
+        command = [str(word) for word in (binaries / program, *words)]
+        return subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL, **options)
 
     try:
         if user:
             os.chown(folder, *user)
             try:
-                run(binaries / "postgres", "--version")
+                run("postgres", "--version")
             except (PermissionError, subprocess.CalledProcessError):
                 copy = folder / "install"
                 shutil.copytree(binaries.parent, copy, symlinks=True)
                 binaries = copy / binaries.name
         os.chmod(folder, 0o755)
         cluster = folder / "cluster"
-        run(binaries / "initdb", "-D", cluster, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
+        run("initdb", "-D", cluster, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off -c max_connections=300"
-        run(binaries / "pg_ctl", "-D", cluster, "-o", settings, "-l", folder / "log", "-w", "start")
-        environment = os.environ | {"DATABASE_URL": f"postgres://postgres@127.0.0.1:{port}/postgres"}
+        settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c max_connections=300"
+        settings += "" if durable else " -c fsync=off"
+        run("pg_ctl", "-D", cluster, "-o", settings, "-l", folder / "log", "-w", "start")
         try:
-            if migrate:
-                for file in sorted((ROOT / "migrations").glob("*.sql")):
-                    run(binaries / "psql", "-q", "-v", "ON_ERROR_STOP=1", "-h", folder, "-p", str(port), "-U", "postgres", "-d", "postgres",
-                        "-f", "-", input=file.read_bytes())
-            return subprocess.run(command, env=environment).returncode
+            yield port, run
         finally:
-            run(binaries / "pg_ctl", "-D", cluster, "-m", "immediate", "stop")
+            run("pg_ctl", "-D", cluster, "-m", "immediate", "stop")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    migrate = arguments[:1] == ["--migrate"]
+    command = arguments[1:] if migrate else arguments
+    if not command:
+        sys.exit(__doc__)
+    with server() as (port, run):
+        if migrate:
+            for file in sorted((ROOT / "migrations").glob("*.sql")):
+                run("psql", "-q", "-v", "ON_ERROR_STOP=1", "-h", "127.0.0.1", "-p", port, "-U", "postgres", "-d", "postgres",
+                    "-f", "-", input=file.read_bytes())
+        environment = os.environ | {"DATABASE_URL": f"postgres://postgres@127.0.0.1:{port}/postgres"}
+        return subprocess.run(command, env=environment).returncode
 
 
 if __name__ == "__main__":

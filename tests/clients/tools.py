@@ -64,8 +64,12 @@ def lifted(folder: str, programs: tuple[str, ...]):
 
 def python_packages() -> Path:
     """The folder to put on PYTHONPATH: the openai SDK, and what the generated client imports."""
-    lock = HERE / "requirements.txt"
-    target = setup.cache_root() / f"clients-python-{digest(lock)}-{sys.implementation.cache_tag}"
+    return pinned("clients-python", HERE / "requirements.txt")
+
+
+def pinned(name: str, lock: Path) -> Path:
+    """A folder of the cache with the Python packages of a lock file, for PYTHONPATH."""
+    target = setup.cache_root() / f"{name}-{digest(lock)}-{sys.implementation.cache_tag}"
     if not target.is_dir():
         install(target, [sys.executable, "-m", "pip", "install", "--quiet", "--no-cache-dir", "--disable-pip-version-check",
                          "--only-binary=:all:", "--require-hashes", "-r", str(lock), "--target", "."])
