@@ -14,7 +14,7 @@ from report import ROOT, show
 
 sys.path.insert(0, str(ROOT / ".ci"))
 
-PARTS = ["queue", "train", "decode"]
+PARTS = ["queue", "serve", "api", "train", "decode"]
 
 
 def main() -> int:

@@ -1,0 +1,118 @@
+"""`lathe serve` on a folder of its own, and what its processes take."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from report import ROOT
+
+KEY = "sk-lathe-key-of-the-benchmarks-00000000000000000000"
+BINARY = Path(os.environ.get("LATHE_BIN", ROOT / "target/release/lathe"))
+
+
+class Stack:
+    """Ready once made; `ready_seconds` is from the start of the process to its word."""
+
+    def __init__(self, folder: Path, environment: dict[str, str] | None = None):
+        # The embedded database's user must be able to pass through.
+        folder.chmod(0o755)
+        self.data, self.log = folder / "data", folder / "log"
+        variables = {**os.environ, "LATHE_DATA_DIR": str(self.data), "LATHE_API_KEY": KEY, **(environment or {})}
+        variables.pop("DATABASE_URL", None)
+        begun = time.monotonic()
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen([BINARY, "serve", "--listen", "127.0.0.1:0"], cwd=ROOT, env=variables,
+                                            stdout=subprocess.PIPE, stderr=log, text=True)
+        ready = self.process.stdout.readline()
+        if not ready.startswith("Lathe is ready at "):
+            self.stop()
+            sys.exit(f"the server did not start:\n{self.log.read_text()}")
+        self.ready_seconds = time.monotonic() - begun
+        self.url = ready.split()[4]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        self.process.wait(timeout=60)
+
+    def call(self, path: str, body=None):
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/v1/{path}", data, headers), timeout=120) as answer:
+            return json.load(answer)
+
+    def ended(self, path: str, states: tuple[str, ...]) -> dict:
+        """What is at `path`, once its state is one of these."""
+        until = time.monotonic() + 300
+        while (found := self.call(path))["state"] not in states:
+            if found["state"] == "failed" or time.monotonic() > until:
+                sys.exit(f"{path} did not end well: {found.get('error')}")
+            time.sleep(0.05)
+        return found
+
+    def sql(self, statement: str) -> str:
+        """What the embedded database answers."""
+        psql = [f"{os.environ['LATHE_POSTGRES_BIN']}/psql", "-qtA", "-c", statement, (self.data / "database_url").read_text().strip()]
+        return subprocess.run(psql, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+    def processes(self) -> list[int]:
+        """`serve` and all below it."""
+        children: dict[int, list[int]] = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            if fields := stat_fields(int(stat.parent.name)):
+                children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+        found = [self.process.pid]
+        for pid in found:
+            found += children.get(pid, [])
+        return found
+
+    def process_of(self, command: str) -> int:
+        """The one that runs `lathe COMMAND`."""
+        for pid in self.processes():
+            if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:2] == [command.encode()]:
+                return pid
+        sys.exit(f"there is no `lathe {command}`")
+
+
+def stat_fields(pid: int) -> list[str]:
+    """Of /proc/PID/stat, from the state on; none where it has gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def cpu_seconds(pids: list[int]) -> float:
+    """Time on a core of these processes, and of their children that have ended."""
+    ended = sum(sum(map(int, fields[13:15])) for pid in pids if (fields := stat_fields(pid))) / os.sysconf("SC_CLK_TCK")
+    nanoseconds = 0
+    for pid in pids:
+        for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            try:
+                nanoseconds += int(task.read_text().split()[0])
+            except (FileNotFoundError, ProcessLookupError):
+                pass
+    return ended + nanoseconds / 1e9
+
+
+def memory_megabytes(pids: list[int]) -> float:
+    """Memory of these processes; what they share is counted once."""
+    kilobytes = 0
+    for pid in pids:
+        try:
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        kilobytes += int(text.split("\nPss:")[1].split()[0])
+    return kilobytes / 1000
