@@ -68,7 +68,7 @@ def packages(part: str) -> Path:
     return tools.pinned(f"bench-{part}", HERE / f"requirements-{part}.txt")
 
 
-def python_side(script: str, part: str, environment: dict[str, str] | None = None) -> Side:
+def python_side(script: str, part: str, environment: dict[str, str] | None = None, arguments: list = ()) -> Side:
     """Without the library path, which is for Lathe's own libtorch."""
     side = {**(environment or {}), "PYTHONPATH": str(packages(part)), "LD_LIBRARY_PATH": ""}
-    return Side([sys.executable, HERE / "peers" / script], side)
+    return Side([sys.executable, HERE / "peers" / script, *arguments], side)
