@@ -14,7 +14,7 @@ from report import ROOT, show
 
 sys.path.insert(0, str(ROOT / ".ci"))
 
-PARTS = ["queue", "serve", "api", "ingest", "tokenizer", "train", "decode"]
+PARTS = ["queue", "serve", "api", "upload", "ingest", "tokenizer", "train", "decode"]
 
 
 def main() -> int:
