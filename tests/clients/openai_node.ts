@@ -253,6 +253,7 @@ await step('retries', async () => {
   const jobs = (await all(client.fineTuning.jobs.list())) as { user_provided_suffix?: string | null }[];
   assert.equal(jobs.filter((one) => one.user_provided_suffix === 'once-node').length, 1);
   await client.fineTuning.jobs.cancel(job.id);
+  await waitUntil(async () => (await client.fineTuning.jobs.retrieve(job.id)).status === 'cancelled', 'the job is cancelled');
   await client.files.delete(twice.id);
   return [undefined, 'an answer lost on its way: one file and one job all the same'] as const;
 });

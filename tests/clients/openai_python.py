@@ -241,6 +241,7 @@ def retries():
     expect(len(list(client.files.list())) == listed + 1, "a file whose answer was lost is made once")
     expect([one.user_provided_suffix for one in client.fine_tuning.jobs.list()].count("once") == 1)
     client.fine_tuning.jobs.cancel(job.id)
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "cancelled", job)
     client.files.delete(twice.id)
     return "an answer lost on its way: one file and one job all the same"
 
