@@ -169,7 +169,7 @@ impl Bench {
             }
             // Its end is the second word; then the runner waits again.
             while heard.recv().await?.payload() != id {}
-            tokio::time::sleep(Duration::from_millis(2)).await;
+            tokio::time::sleep(Duration::from_millis(4)).await;
         }
         stop.send_replace(true);
         running.await??;
