@@ -10,9 +10,12 @@ use axum::{
     response::Response,
 };
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use lathe_jobs::ids;
+use lathe_jobs::{
+    audit::{self, Actor, Deed, Entry},
+    ids,
+};
 use sha2::{Digest, Sha256};
-use sqlx::PgConnection;
+use sqlx::{Connection, PgConnection};
 
 pub use crate::caller::{Project, Scope};
 use crate::{problem::ApiError, state::AppState};
@@ -134,10 +137,15 @@ pub async fn bootstrap(conn: &mut PgConnection, secret: &str) -> Result<(), sqlx
         .await?;
     let known = sqlx::query_scalar!("SELECT id FROM api_keys WHERE hash = $1", hash(secret)).fetch_optional(&mut *conn).await?;
     if known.is_none() {
-        match insert_key(conn, DEFAULT_PROJECT, Some("bootstrap"), Scope::Admin, secret).await {
+        let mut tx = conn.begin().await?;
+        match insert_key(&mut tx, DEFAULT_PROJECT, Some("bootstrap"), Scope::Admin, secret).await {
             // Another process that starts at the same time made it.
             Err(sqlx::Error::Database(error)) if error.constraint() == Some("api_keys_hash_unique") => {}
-            made => drop(made?),
+            made => {
+                let (actor, deed) = (Actor::System, Deed::KeyCreated);
+                audit::record(&mut tx, Entry { project_id: DEFAULT_PROJECT, actor, deed, resource_id: &made? }).await?;
+                tx.commit().await?;
+            }
         }
     }
     Ok(())

@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use lathe_jobs::audit::{Actor, Deed, Entry};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -39,6 +40,13 @@ pub struct Project {
     pub project_id: String,
     pub key_id: String,
     pub scope: Scope,
+}
+
+impl Project {
+    /// For the audit log: what this caller did to something of its project.
+    pub fn did<'a>(&'a self, deed: Deed, resource_id: &'a str) -> Entry<'a> {
+        Entry { project_id: &self.project_id, actor: Actor::Key(&self.key_id), deed, resource_id }
+    }
 }
 
 /// Keys that were looked up a moment ago, by hash.

@@ -243,6 +243,9 @@ pub struct RunnerOptions {
     /// How many times its size a compressed file may unfold to.
     #[arg(long, env = "LATHE_DECOMPRESSION_RATIO", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..), value_name = "TIMES")]
     pub decompression_ratio: u64,
+    /// Days for which entries of the audit log are kept.
+    #[arg(long, env = "LATHE_AUDIT_DAYS", default_value_t = 365, value_parser = clap::value_parser!(u16).range(1..=36_500), value_name = "DAYS")]
+    pub audit_days: u16,
 }
 
 impl RunnerOptions {
@@ -254,6 +257,7 @@ impl RunnerOptions {
             ("LATHE_INTERNAL_ADDR", self.internal_addr.to_string()),
             ("LATHE_DETERMINISTIC_DECODE", self.deterministic_decode.to_string()),
             ("LATHE_DECOMPRESSION_RATIO", self.decompression_ratio.to_string()),
+            ("LATHE_AUDIT_DAYS", self.audit_days.to_string()),
         ]
     }
 
@@ -265,6 +269,7 @@ impl RunnerOptions {
             internal_addr: self.internal_addr,
             deterministic_decode: self.deterministic_decode,
             decompression_ratio: self.decompression_ratio,
+            audit_days: self.audit_days,
             ..RunnerConfig::new(database_url, store.folder(database))
         }
     }

@@ -1,6 +1,7 @@
 //! `lathe key`: keys from the shell, for whoever may reach the database.
 
-use sqlx::PgConnection;
+use lathe_jobs::audit::{self, Actor, Deed, Entry};
+use sqlx::{Connection, PgConnection};
 
 use crate::{
     auth::{self, Scope},
@@ -29,11 +30,17 @@ async fn create(conn: &mut PgConnection, project: &str, name: Option<&str>, admi
         "default" => auth::DEFAULT_PROJECT.to_owned(),
         _ => lathe_jobs::ids::new("proj"),
     };
-    sqlx::query!("INSERT INTO projects (id, name) VALUES ($1, $2) ON CONFLICT DO NOTHING", made, project)
-        .execute(&mut *conn)
+    let mut tx = conn.begin().await?;
+    let inserted = sqlx::query!("INSERT INTO projects (id, name) VALUES ($1, $2) ON CONFLICT DO NOTHING", made, project)
+        .execute(&mut *tx)
         .await?;
-    let project_id = sqlx::query_scalar!("SELECT id FROM projects WHERE name = $1", project).fetch_one(&mut *conn).await?;
-    let key = auth::create_key(conn, &project_id, name, if admin { Scope::Admin } else { Scope::Project }).await?;
+    let project_id = sqlx::query_scalar!("SELECT id FROM projects WHERE name = $1", project).fetch_one(&mut *tx).await?;
+    if inserted.rows_affected() == 1 {
+        audit::record(&mut tx, by_shell(&project_id, Deed::ProjectCreated, &project_id)).await?;
+    }
+    let key = auth::create_key(&mut tx, &project_id, name, if admin { Scope::Admin } else { Scope::Project }).await?;
+    audit::record(&mut tx, by_shell(&project_id, Deed::KeyCreated, &key.id)).await?;
+    tx.commit().await?;
     Ok(format!("{}\n", key.secret))
 }
 
@@ -64,10 +71,19 @@ async fn list(conn: &mut PgConnection, project: Option<&str>) -> Result<String, 
 }
 
 async fn revoke(conn: &mut PgConnection, id: &str) -> Result<String, KeyError> {
-    let revoked =
-        sqlx::query!("UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1", id).execute(conn).await?;
-    match revoked.rows_affected() {
-        0 => Err(KeyError::Unknown(id.to_owned())),
-        _ => Ok(format!("revoked {id}\n")),
-    }
+    let mut tx = conn.begin().await?;
+    let project_id = sqlx::query_scalar!(
+        "UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1 RETURNING project_id",
+        id
+    )
+    .fetch_optional(&mut *tx)
+    .await?
+    .ok_or_else(|| KeyError::Unknown(id.to_owned()))?;
+    audit::record(&mut tx, by_shell(&project_id, Deed::KeyRevoked, id)).await?;
+    tx.commit().await?;
+    Ok(format!("revoked {id}\n"))
+}
+
+fn by_shell<'a>(project_id: &'a str, deed: Deed, resource_id: &'a str) -> Entry<'a> {
+    Entry { project_id, actor: Actor::Shell, deed, resource_id }
 }

@@ -53,16 +53,16 @@ macro_rules! find_usable {
 pub(crate) use find_usable;
 
 /// Deletes the row, with the making of what is not made yet, unless `$users` (the query of the unfinished
-/// jobs that need `$1`, but for the job `$2` that makes it) finds any.
+/// jobs that need `$1`, but for the job `$2` that makes it) finds any. `$deed` is its name in the audit log.
 macro_rules! delete_made {
-    ($what:literal in $table:literal, $state:expr, $project_id:expr, $id:expr, $users:literal) => {{
-        let (state, id): (&crate::state::AppState, String) = ($state, $id);
+    ($what:literal in $table:literal, $deed:expr, $state:expr, $caller:expr, $id:expr, $users:literal) => {{
+        let (state, caller, id): (&crate::state::AppState, crate::caller::Project, String) = ($state, $caller, $id);
         let gone = || crate::problem::ApiError::not_found($what, &id);
         let mut conn = state.db.acquire().await?;
         let job_id = sqlx::query_scalar!(
             "SELECT job_id FROM " + $table + " WHERE id = $1 AND project_id = $2 AND deleted_at IS NULL",
             id,
-            $project_id
+            caller.project_id
         )
         .fetch_optional(&mut *conn)
         .await?
@@ -80,6 +80,7 @@ macro_rules! delete_made {
         let users = sqlx::query_scalar!($users, id, job_id).fetch_all(&mut *tx).await?;
         crate::resource::refuse_users($what, &id, &users)?;
         sqlx::query!("UPDATE " + $table + " SET deleted_at = now(), artifact = NULL WHERE id = $1", id).execute(&mut *tx).await?;
+        lathe_jobs::audit::record(&mut tx, caller.did($deed, &id)).await?;
         tx.commit().await?;
         crate::resource::remove_artifacts(state, artifact.into_iter().collect()).await;
         Ok(axum::Json(crate::resource::Deleted { id, object: $what, deleted: true }))

@@ -83,7 +83,7 @@ fn tags() -> Vec<Value> {
         ("models", "The registry, with lineage."),
         ("generation", "Text from models."),
         ("projects", "Tenants and their keys."),
-        ("operating", "Runners and metrics."),
+        ("operating", "Runners, metrics and the audit log."),
         (PUBLIC_TAG, "Whether the server lives and is ready."),
     ];
     tags.iter().map(|(name, description)| json!({"name": name, "description": description})).collect()

@@ -37,6 +37,8 @@ pub struct RunnerConfig {
     pub disk_low_bytes: u64,
     /// How many times its size a compressed file may unfold to.
     pub decompression_ratio: u64,
+    /// Entries of the audit log are kept for so many days.
+    pub audit_days: u16,
     /// The binary whose `worker` and `engine` are started.
     pub program: PathBuf,
 }
@@ -58,6 +60,7 @@ impl RunnerConfig {
             stall: Duration::from_secs(1800),
             disk_low_bytes: 1 << 30,
             decompression_ratio: 100,
+            audit_days: 365,
             program: std::env::current_exe().unwrap_or_else(|_| "lathe".into()),
         }
     }

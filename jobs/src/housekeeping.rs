@@ -1,5 +1,5 @@
 //! Sweeps what nothing refers to any more, and nothing else: expired files, uploads and idempotent
-//! requests, artifacts and checkpoint folders without a row, checkpoints that an ended job need not keep,
+//! requests, old entries of the audit log, artifacts and checkpoint folders without a row, checkpoints that an ended job need not keep,
 //! staging folders of attempts that have ended, logs of deleted jobs, temporary files, and token shards
 //! that were not used for long or are too many. Also where the disk stands.
 //!
@@ -10,6 +10,7 @@
 use std::{
     fs, io,
     path::Path,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -17,7 +18,9 @@ use sqlx::PgPool;
 
 use crate::{
     artifacts::{ArtifactError, Artifacts, SHARDS},
+    audit::{self, Actor, Deed, Entry},
     checkpoints,
+    context::Context,
     publish::blocking,
     waiting::{self, unless_stuck},
 };
@@ -61,7 +64,8 @@ pub fn disk_state(artifacts: &Artifacts, low_bytes: u64) -> io::Result<DiskState
 }
 
 /// Sweeps now and then, until it is dropped. On a disk that is nearly full no shard is kept that is not in use.
-pub async fn run(db: PgPool, artifacts: Artifacts, disk_low_bytes: u64) {
+pub async fn run(context: Arc<Context>) {
+    let (db, artifacts, disk_low_bytes) = (&context.db, &context.artifacts, context.config.disk_low_bytes);
     loop {
         let store = artifacts.clone();
         let disk = waiting::blocking(move || disk_state(&store, disk_low_bytes)).await;
@@ -70,7 +74,7 @@ pub async fn run(db: PgPool, artifacts: Artifacts, disk_low_bytes: u64) {
             _ => CacheLimits::default(),
         };
         // Its questions are asked of whole tables, so they may take long.
-        match unless_stuck(EVERY, sweep(&db, &artifacts, cache)).await {
+        match unless_stuck(EVERY, round(db, artifacts, cache, context.config.audit_days)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(%error, "housekeeping could not finish its round"),
             Err(stuck) => tracing::warn!(error = %stuck, "housekeeping gave its round up"),
@@ -87,7 +91,12 @@ pub enum SweepError {
     Database(#[from] sqlx::Error),
 }
 
-/// One round.
+async fn round(db: &PgPool, artifacts: &Artifacts, cache: CacheLimits, audit_days: u16) -> Result<(), SweepError> {
+    sweep(db, artifacts, cache).await?;
+    Ok(audit::prune(db, audit_days).await?)
+}
+
+/// One round, but for the audit log.
 pub async fn sweep(db: &PgPool, artifacts: &Artifacts, cache: CacheLimits) -> Result<(), SweepError> {
     sqlx::query!("DELETE FROM idempotent_requests WHERE expires_at < now()").execute(db).await?;
     expired_files(db, artifacts).await?;
@@ -113,20 +122,24 @@ async fn expired_files(db: &PgPool, artifacts: &Artifacts) -> Result<(), SweepEr
     .fetch_all(&mut *tx)
     .await?;
     // Asked by a statement of its own, which sees whoever referred to one before it was locked.
-    let expired = sqlx::query_scalar!(
+    let expired = sqlx::query!(
         "UPDATE files SET deleted_at = now()
          WHERE id = ANY($1)
            AND NOT EXISTS (SELECT FROM dataset_files f JOIN datasets d ON d.id = f.dataset_id
                            WHERE f.file_id = files.id AND d.deleted_at IS NULL AND d.state IN ('queued', 'running'))
            AND NOT EXISTS (SELECT FROM tokenizers t
                            WHERE t.file_id = files.id AND t.deleted_at IS NULL AND t.state IN ('queued', 'running'))
-         RETURNING artifact",
+         RETURNING id, project_id, artifact",
         &candidates,
     )
     .fetch_all(&mut *tx)
     .await?;
+    for file in &expired {
+        let entry = Entry { project_id: &file.project_id, actor: Actor::System, deed: Deed::FileDeleted, resource_id: &file.id };
+        audit::record(&mut tx, entry).await?;
+    }
     tx.commit().await?;
-    remove(artifacts, expired).await
+    remove(artifacts, expired.into_iter().map(|file| file.artifact).collect()).await
 }
 
 async fn expired_uploads(db: &PgPool, artifacts: &Artifacts) -> Result<(), SweepError> {

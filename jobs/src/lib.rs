@@ -19,6 +19,7 @@
 //! Nothing here speaks HTTP, and nothing here touches a tensor.
 
 pub mod artifacts;
+pub mod audit;
 pub mod checkpoints;
 pub mod child;
 pub mod context;

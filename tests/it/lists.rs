@@ -23,6 +23,8 @@ INSERT INTO checkpoints (id, job_id, attempt, step, artifact, bytes)
 INSERT INTO projects (id, name) SELECT 'proj_' || n, 'named' || n FROM generate_series(1, 5) n;
 INSERT INTO api_keys (id, project_id, name, scope, hash, hint)
     SELECT 'key_' || n, 'proj_default', 'named', 'project', 'hash' || n, 'hint' FROM generate_series(1, 5) n;
+INSERT INTO audit_log (id, type, resource_id, project_id, actor)
+    SELECT 'audit_' || n, 'file.deleted', 'file-' || n, 'proj_default', 'system' FROM generate_series(1, 5) n;
 INSERT INTO runners (id, name, host, pid, version, devices, light_slots, device_slots, expires_at)
     SELECT 'runner_' || n, 'named', 'host', 1, '0', '[]', 1, 1, now() + interval '1 hour' FROM generate_series(1, 5) n;
 "#;

@@ -1,6 +1,7 @@
 //! End-to-end tests: a real server, real processes, a real database.
 
 mod api;
+mod audit;
 mod auth;
 mod backup;
 mod chaos;

@@ -10,7 +10,11 @@ use axum::{
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::Response,
 };
-use lathe_jobs::{artifacts::Written, ids};
+use lathe_jobs::{
+    artifacts::Written,
+    audit::{self, Deed},
+    ids,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::{PgConnection, PgPool};
@@ -164,7 +168,7 @@ impl From<FileRow> for FileObject {
 /// A file about to be registered; its bytes lie in the store already.
 pub(super) struct NewFile<'a> {
     pub id: &'a str,
-    pub project_id: &'a str,
+    pub caller: &'a Project,
     pub filename: &'a str,
     pub purpose: &'a str,
     pub written: &'a Written,
@@ -176,14 +180,16 @@ pub(super) fn artifact_key(file_id: &str) -> String {
     format!("files/{file_id}")
 }
 
+/// Adds the row, and the audit log's entry.
 pub(super) async fn insert_file(conn: &mut PgConnection, file: NewFile<'_>) -> Result<FileRow, sqlx::Error> {
+    audit::record(conn, file.caller.did(Deed::FileCreated, file.id)).await?;
     sqlx::query_as!(
         FileRow,
         "INSERT INTO files (id, project_id, filename, purpose, bytes, sha256, artifact, metadata, expires_at)
          VALUES ($1, $2, $3, $4, $5, $6, $7, $8, now() + make_interval(secs => $9::bigint))
          RETURNING id, bytes, created_at, expires_at, filename, purpose, sha256, metadata",
         file.id,
-        file.project_id,
+        file.caller.project_id,
         file.filename,
         file.purpose,
         i64::try_from(file.written.bytes).unwrap_or(i64::MAX),
@@ -224,7 +230,7 @@ async fn create_file(
     let written = received.upload.finish().await?;
     let file = NewFile {
         id: &id,
-        project_id: &caller.project_id,
+        caller: &caller,
         filename: &received.filename,
         purpose: fields.purpose.as_str(),
         written: &written,
@@ -249,7 +255,7 @@ async fn register(db: &PgPool, creation: &Creation, file: NewFile<'_>, retried: 
              WHERE project_id = $1 AND filename = $2 AND purpose = $3 AND sha256 = $4 AND metadata = $5
                AND deleted_at IS NULL AND created_at > now() - interval '10 minutes'
              ORDER BY created_at DESC LIMIT 1",
-            file.project_id,
+            file.caller.project_id,
             file.filename,
             file.purpose,
             file.written.sha256,
@@ -388,6 +394,7 @@ async fn delete_file(State(state): State<AppState>, caller: Project, Path(id): P
     .await?;
     resource::refuse_users("file", &id, &users)?;
     sqlx::query!("UPDATE files SET deleted_at = now() WHERE id = $1", id).execute(&mut *transaction).await?;
+    audit::record(&mut transaction, caller.did(Deed::FileDeleted, &id)).await?;
     transaction.commit().await?;
     resource::remove_artifacts(&state, vec![artifact]).await;
     Ok(Json(Deleted { id, object: "file", deleted: true }))

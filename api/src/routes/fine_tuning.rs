@@ -9,7 +9,10 @@ mod shapes;
 use std::collections::BTreeMap;
 
 use axum::{Json, extract::State, http::StatusCode};
-use lathe_jobs::spec::{DatasetSource, Documents, Format, OnBadRow};
+use lathe_jobs::{
+    audit::{self, Deed},
+    spec::{DatasetSource, Documents, Format, OnBadRow},
+};
 use lathe_model::config::{Method, Schedule, Template, TrainConfig, Validation};
 use sqlx::{Connection, PgConnection};
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -87,6 +90,7 @@ async fn create_fine_tuning_job(
     })?;
     let row = find(&mut tx, &project.project_id, &id).await?;
     let job = FineTuningJobObject::new(row, &project.project_id);
+    audit::record(&mut tx, project.did(Deed::TrainingJobCreated, &id)).await?;
     creation.commit(&state.db, tx, StatusCode::OK, &job).await?;
     Ok(Json(job))
 }
@@ -166,7 +170,7 @@ async fn get_fine_tuning_job(
 async fn act(state: &AppState, project: &Project, id: &str, action: Action) -> Result<Json<FineTuningJobObject>, ApiError> {
     let mut conn = state.db.acquire().await?;
     find(&mut conn, &project.project_id, id).await?;
-    action.apply(&mut conn, &project.project_id, id).await?;
+    action.apply(&mut conn, project, id).await?;
     Ok(Json(FineTuningJobObject::new(find(&mut conn, &project.project_id, id).await?, &project.project_id)))
 }
 

@@ -1,5 +1,6 @@
 //! One resource per file: shapes, handlers and their own SQL. Paths are written in full.
 
+pub mod audit;
 pub mod chat;
 pub mod completions;
 pub mod datasets;
@@ -61,6 +62,7 @@ fn keyed() -> OpenApiRouter<AppState> {
         .merge(datasets::contents::router())
         .merge(tokenizers::router())
         .merge(runners::router())
+        .merge(audit::router())
         .merge(training::router())
         .merge(fine_tuning::router())
         .merge(models::router())

@@ -2,6 +2,7 @@
 
 use axum::{Json, extract::State, http::StatusCode};
 use lathe_jobs::{
+    audit::{self, Deed},
     checkpoints::{self, NamedCheckpoint},
     state::ResourceState,
 };
@@ -263,6 +264,7 @@ async fn delete_model(
     .await?;
     resource::refuse_users("model", &id, &users)?;
     sqlx::query!("UPDATE models SET deleted_at = now(), artifact = NULL WHERE id = $1", id).execute(&mut *transaction).await?;
+    audit::record(&mut transaction, project.did(Deed::ModelDeleted, &id)).await?;
     let replicas = sqlx::query_scalar!(
         "UPDATE replicas SET state = CASE WHEN state = 'queued' THEN 'stopped' ELSE 'stopping' END,
              stopped_at = CASE WHEN state = 'queued' THEN now() END

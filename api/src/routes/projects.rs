@@ -1,7 +1,10 @@
 //! `/v1/projects` and their keys. Admin keys only.
 
 use axum::{Json, extract::State, http::StatusCode};
-use lathe_jobs::ids;
+use lathe_jobs::{
+    audit::{self, Deed, Entry},
+    ids,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::PgPool;
@@ -75,7 +78,7 @@ impl From<ProjectRow> for ProjectObject {
 )]
 async fn create_project(
     State(state): State<AppState>,
-    _: Admin,
+    Admin(caller): Admin,
     creation: Creation,
     Body(request): Body<CreateProject>,
 ) -> Result<Json<ProjectObject>, ApiError> {
@@ -90,6 +93,7 @@ async fn create_project(
     .fetch_one(&mut *tx)
     .await?;
     let project = ProjectObject::from(row);
+    audit::record(&mut tx, Entry { project_id: &project.id, ..caller.did(Deed::ProjectCreated, &project.id) }).await?;
     creation.commit(&state.db, tx, StatusCode::OK, &project).await?;
     Ok(Json(project))
 }
@@ -200,22 +204,24 @@ impl From<KeyRow> for KeyObject {
 )]
 async fn create_key(
     State(state): State<AppState>,
-    _: Admin,
+    Admin(caller): Admin,
     Path(project): Path<String>,
     OptionalBody(request): OptionalBody<CreateKey>,
 ) -> Result<Json<KeyObject>, ApiError> {
     require_project(&state.db, &project).await?;
     let scope = request.scope.unwrap_or(Scope::Project);
-    let mut conn = state.db.acquire().await?;
-    let made = auth::create_key(&mut conn, &project, request.name.as_deref(), scope).await?;
+    let mut tx = state.db.begin().await?;
+    let made = auth::create_key(&mut tx, &project, request.name.as_deref(), scope).await?;
     let row = sqlx::query_as!(
         KeyRow,
         "UPDATE api_keys SET metadata = $2 WHERE id = $1 RETURNING id, name, scope, hint, metadata, created_at, revoked_at",
         made.id,
         request.metadata.unwrap_or_default().to_row(),
     )
-    .fetch_one(&mut *conn)
+    .fetch_one(&mut *tx)
     .await?;
+    audit::record(&mut tx, Entry { project_id: &project, ..caller.did(Deed::KeyCreated, &made.id) }).await?;
+    tx.commit().await?;
     Ok(Json(KeyObject { key: Some(made.secret), ..row.into() }))
 }
 
@@ -296,19 +302,22 @@ async fn list_keys(
 )]
 async fn delete_key(
     State(state): State<AppState>,
-    _: Admin,
+    Admin(caller): Admin,
     Path((project, key)): Path<(String, String)>,
 ) -> Result<Json<Deleted>, ApiError> {
+    let mut tx = state.db.begin().await?;
     let found = sqlx::query!(
         "UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1 AND project_id = $2",
         key,
         project
     )
-    .execute(&state.db)
+    .execute(&mut *tx)
     .await?;
     if found.rows_affected() == 0 {
         return Err(ApiError::not_found("key", &key));
     }
+    audit::record(&mut tx, Entry { project_id: &project, ..caller.did(Deed::KeyRevoked, &key) }).await?;
+    tx.commit().await?;
     state.keys.forget(&key);
     Ok(Json(Deleted { id: key, object: "project.key.deleted", deleted: true }))
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use axum::{Json, extract::State, http::StatusCode};
 use lathe_jobs::{
+    audit::{self, Deed},
     ids,
     queue::{self, NewJob},
     spec::Spec,
@@ -206,6 +207,7 @@ async fn create_tokenizer(
     };
     let row = find(&mut tx, &project.project_id, &id).await?;
     let tokenizer = TokenizerObject::from(row);
+    audit::record(&mut tx, project.did(Deed::TokenizerCreated, &id)).await?;
     creation.commit(&state.db, tx, StatusCode::CREATED, &tokenizer).await?;
     Ok((StatusCode::CREATED, Json(tokenizer)))
 }
@@ -304,8 +306,9 @@ async fn delete_tokenizer(
 ) -> Result<Json<Deleted>, ApiError> {
     delete_made!(
         "tokenizer" in "tokenizers",
+        Deed::TokenizerDeleted,
         &state,
-        project.project_id,
+        project,
         id,
         "SELECT id FROM jobs WHERE finished_at IS NULL AND id <> $2 AND tokenizer_id = $1 ORDER BY created_at LIMIT 10"
     )

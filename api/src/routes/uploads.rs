@@ -10,6 +10,7 @@ use axum::{
 };
 use lathe_jobs::{
     artifacts::{ArtifactError, Written},
+    audit::{self, Deed},
     ids,
 };
 use md5::{Digest, Md5};
@@ -144,6 +145,7 @@ async fn create_upload(
     .fetch_one(&mut *tx)
     .await?;
     let upload = row.object(None);
+    audit::record(&mut tx, caller.did(Deed::UploadCreated, &upload.id)).await?;
     creation.commit(&state.db, tx, StatusCode::OK, &upload).await?;
     Ok(Json(upload))
 }
@@ -403,7 +405,7 @@ async fn register(
     let mut transaction = db.begin().await?;
     let file = NewFile {
         id: file_id,
-        project_id: &caller.project_id,
+        caller,
         filename: &upload.filename,
         purpose: &upload.purpose,
         written,
@@ -455,6 +457,7 @@ async fn cancel_upload(
     if cancelled.rows_affected() != 1 {
         return Err(ApiError::conflict(format!("The upload `{upload_id}` was completed or cancelled meanwhile.")));
     }
+    audit::record(&mut transaction, caller.did(Deed::UploadCancelled, &upload_id)).await?;
     let parts = drop_parts(&mut transaction, &upload_id).await?;
     transaction.commit().await?;
     resource::remove_artifacts(&state, parts).await;

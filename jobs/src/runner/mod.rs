@@ -89,7 +89,7 @@ pub async fn run(config: RunnerConfig, shutdown: impl Future<Output = ()>) -> Re
     background.spawn(stay_registered(context.clone()));
     background.spawn(watch_disk(context.clone()));
     background.spawn(reaper::run(context.db.clone(), context.artifacts.clone(), context.config.lease_seconds));
-    background.spawn(housekeeping::run(context.db.clone(), context.artifacts.clone(), context.config.disk_low_bytes));
+    background.spawn(housekeeping::run(context.clone()));
     let mut work = JoinSet::new();
     let light =
         (0..context.config.light_slots).map(|_| Device { threads: devices::cores().div_ceil(2), ..devices::cpu("light work") });

@@ -6,6 +6,7 @@ mod source;
 
 use axum::{Json, extract::State, http::StatusCode};
 use lathe_jobs::{
+    audit::{self, Deed},
     ids,
     queue::{self, NewJob},
     spec::{DatasetSource, Spec},
@@ -176,6 +177,7 @@ async fn create_dataset(
     let id = new.insert(&mut tx, &project.project_id).await?;
     let row = find(&mut tx, &project.project_id, &id).await?;
     let dataset = DatasetObject::from(row);
+    audit::record(&mut tx, project.did(Deed::DatasetCreated, &id)).await?;
     creation.commit(&state.db, tx, StatusCode::CREATED, &dataset).await?;
     Ok((StatusCode::CREATED, Json(dataset)))
 }
@@ -307,8 +309,9 @@ async fn delete_dataset(
 ) -> Result<Json<Deleted>, ApiError> {
     delete_made!(
         "dataset" in "datasets",
+        Deed::DatasetDeleted,
         &state,
-        project.project_id,
+        project,
         id,
         "SELECT id FROM jobs
          WHERE finished_at IS NULL AND id <> $2

@@ -2,6 +2,7 @@
 
 use axum::{Json, extract::State};
 use lathe_jobs::{
+    audit::{self, Deed},
     queue::{self, TransitionError},
     state::JobState,
 };
@@ -34,14 +35,20 @@ pub(in crate::routes) enum Action {
 
 impl Action {
     /// Carries it out on a job of the project; the same action twice changes nothing.
-    pub async fn apply(self, conn: &mut PgConnection, project_id: &str, id: &str) -> Result<JobState, ApiError> {
-        super::find(conn, project_id, id).await?;
+    pub async fn apply(self, conn: &mut PgConnection, caller: &Project, id: &str) -> Result<JobState, ApiError> {
+        let mut tx = conn.begin().await?;
+        super::find(&mut tx, &caller.project_id, id).await?;
         let changed = match self {
-            Action::Cancel => queue::cancel(conn, id).await,
-            Action::Pause => queue::pause(conn, id).await,
-            Action::Resume => queue::resume(conn, id).await,
+            Action::Cancel => queue::cancel(&mut tx, id).await,
+            Action::Pause => queue::pause(&mut tx, id).await,
+            Action::Resume => queue::resume(&mut tx, id).await,
         };
-        changed.map_err(|error| refused(error, id, self.participle()))
+        let changed = changed.map_err(|error| refused(error, id, self.participle()))?;
+        if matches!(self, Action::Cancel) {
+            audit::record(&mut tx, caller.did(Deed::TrainingJobCancelled, id)).await?;
+        }
+        tx.commit().await?;
+        Ok(changed)
     }
 
     fn participle(self) -> &'static str {
@@ -66,7 +73,7 @@ fn refused(error: TransitionError, id: &str, participle: &str) -> ApiError {
 
 async fn act(state: &AppState, project: &Project, id: &str, action: Action) -> Result<Json<TrainingJobObject>, ApiError> {
     let mut conn = state.db.acquire().await?;
-    action.apply(&mut conn, &project.project_id, id).await?;
+    action.apply(&mut conn, project, id).await?;
     Ok(Json(super::find(&mut conn, &project.project_id, id).await?.into()))
 }
 
@@ -142,6 +149,7 @@ pub(super) async fn delete_training_job(
     if !users.is_empty() {
         return Err(resource::in_use("training job", &id, &users));
     }
+    audit::record(&mut tx, project.did(Deed::TrainingJobDeleted, &id)).await?;
     tx.commit().await?;
     resource::remove_artifacts(&state, folders).await;
     Ok(Json(Deleted { id, object: "training.job", deleted: true }))

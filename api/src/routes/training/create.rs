@@ -2,6 +2,7 @@
 
 use axum::{Json, extract::State, http::StatusCode};
 use lathe_jobs::{
+    audit::{self, Deed},
     checkpoints, events, ids,
     queue::{self, NewJob},
     spec::Spec,
@@ -61,6 +62,7 @@ pub(super) async fn create_training_job(
     let id = insert(&mut tx, &project.project_id, request, stored, suffix.as_deref()).await?;
     let row = super::find(&mut tx, &project.project_id, &id).await?;
     let job = TrainingJobObject::from(row);
+    audit::record(&mut tx, project.did(Deed::TrainingJobCreated, &id)).await?;
     creation.commit(&state.db, tx, StatusCode::CREATED, &job).await?;
     Ok((StatusCode::CREATED, Json(job)))
 }
