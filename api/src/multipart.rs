@@ -101,6 +101,12 @@ pub async fn fingerprint(state: &AppState, request: Request) -> Result<String, A
     Ok(fields.finish())
 }
 
+/// What the file of a form has at the least, where the form's length is announced.
+pub fn least_bytes(headers: &HeaderMap) -> Option<i64> {
+    let least = parse::announced(headers)?.checked_sub(OTHERS_LIMIT)?;
+    Some(i64::try_from(least).unwrap_or(i64::MAX))
+}
+
 /// Refuses a form that is announced to be larger than it may be, or than the disk has room for.
 async fn admit(state: &AppState, headers: &HeaderMap, limit: u64) -> Result<(), ApiError> {
     let Some(announced) = parse::announced(headers) else { return Ok(()) };

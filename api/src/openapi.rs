@@ -137,7 +137,7 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
         ("422", has_json || creates, "Valid by the schema, but impossible here; `code` and `param` say why."),
         ("500", true, "Something failed inside; the log has it under the answer's x-request-id."),
         ("503", !public, "The database is away or there is no capacity; try again after `Retry-After` seconds."),
-        ("507", has_body, "The disk is full."),
+        ("507", has_body, "The disk or the project's quota on storage is full."),
     ];
     for (status, _, description) in general.into_iter().filter(|(_, applies, _)| *applies) {
         responses.entry(status).or_insert_with(|| json!({ "description": description }));

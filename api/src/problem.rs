@@ -170,6 +170,14 @@ impl ApiError {
         ApiError::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", message).with_code("disk_full")
     }
 
+    /// 507: a project may store no more. `quota` is in bytes.
+    pub fn storage_quota(quota: i64) -> ApiError {
+        let message = format!(
+            "The project may store {quota} bytes, and this would exceed them. Delete files, datasets, models or jobs that are no longer needed, or ask an admin for more."
+        );
+        ApiError::new(StatusCode::INSUFFICIENT_STORAGE, "insufficient_quota", message).with_code("storage_quota_exceeded")
+    }
+
     /// 500. The cause goes to the log only.
     pub fn internal(cause: impl std::fmt::Display) -> ApiError {
         tracing::error!(error = %cause, "a request failed inside");

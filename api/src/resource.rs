@@ -4,6 +4,7 @@ use axum::http::StatusCode;
 use lathe_jobs::{
     ids,
     queue::{self, NewJob, QueueError, TransitionError},
+    quota,
     spec::Spec,
     state::ResourceState,
 };
@@ -162,6 +163,15 @@ pub async fn stop_making(conn: &mut PgConnection, job_id: &str) -> Result<(), Ap
     match queue::cancel(conn, job_id).await {
         Ok(_) | Err(TransitionError::Illegal { .. } | TransitionError::InUse { .. } | TransitionError::NotFound) => Ok(()),
         Err(TransitionError::Database(error)) => Err(error.into()),
+    }
+}
+
+/// 507 where so many bytes more are too many for the project. In the transaction that adds them, after or
+/// before it does.
+pub async fn require_storage(conn: &mut PgConnection, project_id: &str, more: i64) -> Result<(), ApiError> {
+    match quota::exceeded_storage(conn, project_id, more).await? {
+        Some(quota) => Err(ApiError::storage_quota(quota)),
+        None => Ok(()),
     }
 }
 

@@ -7,11 +7,11 @@
 //! from the database goes on when it is back unless someone has decided otherwise.
 
 use serde_json::Value;
-use sqlx::PgConnection;
+use sqlx::{Connection, PgConnection};
 
 use crate::{
     artifacts::ArtifactError,
-    ids,
+    ids, quota,
     state::{JobState, Kind, Pool},
 };
 
@@ -59,60 +59,130 @@ pub struct Claimed {
     pub model_id: Option<String>,
 }
 
-/// Takes the job that is next: the highest priority, then the longest queued. One statement, so that a
-/// claim costs one answer of the database and one version of the job's row.
+/// How often another runner may be quicker before a claim is left to the next look.
+const RUNNERS_QUICKER: usize = 3;
+
+/// Makes an attempt of the job that `$next` (a query of one id, over the parameters from `$7` on) finds. One
+/// statement, so that a claim costs one answer of the database and one version of the job's row.
+macro_rules! claim_next {
+    ($conn:expr, $claimant:expr, $next:literal $(, $argument:expr)*) => {{
+        let (claimant, token) = ($claimant, ids::secret());
+        let row = sqlx::query!(
+            "WITH next AS (" + $next + r#"), claimed AS (
+                   UPDATE jobs SET state = 'running', attempt = attempt + 1, started_at = coalesce(started_at, now()),
+                       phase = 'preparing', next_event = next_event + 1
+                   FROM next WHERE jobs.id = next.id AND state = 'queued'
+                   RETURNING jobs.id, attempt, next_event - 1 AS event, kind, spec, dataset_id, validation_dataset_id, tokenizer_id,
+                       base_model_id, model_id
+               ), attempts AS (
+                   INSERT INTO job_attempts (job_id, n, runner_id, lease_token, expires_at)
+                   SELECT id, attempt, $3, $4, now() + make_interval(secs => $5) FROM claimed
+               ), ranks AS (
+                   INSERT INTO attempt_ranks (job_id, attempt, rank, runner_id, devices, state)
+                   SELECT id, attempt, 0, $3, $6, 'starting' FROM claimed
+               ), begun_datasets AS (
+                   UPDATE datasets SET state = 'running' FROM claimed WHERE job_id = claimed.id AND state = 'queued'
+               ), begun_tokenizers AS (
+                   UPDATE tokenizers SET state = 'running' FROM claimed WHERE job_id = claimed.id AND state = 'queued'
+               ), begun_models AS (
+                   UPDATE models SET state = 'running' FROM claimed WHERE job_id = claimed.id AND state = 'queued'
+               ), events AS (
+                   INSERT INTO job_events (job_id, id, level, code, message, data)
+                   SELECT id, event, 'info', 'job.started', format('Attempt %s has begun.', attempt),
+                       jsonb_build_object('attempt', attempt, 'runner', $3::text) FROM claimed
+               )
+               SELECT id, attempt, kind AS "kind: Kind", spec, dataset_id, validation_dataset_id, tokenizer_id, base_model_id, model_id,
+                   pg_notify('lathe_events', id) AS told
+               FROM claimed"#,
+            claimant.pool.as_str(),
+            claimant.devices,
+            claimant.runner_id,
+            token,
+            claimant.lease_seconds,
+            claimant.offered
+            $(, $argument)*
+        )
+        .fetch_optional($conn)
+        .await?;
+        row.map(|row| Claimed {
+            lease: Lease { job_id: row.id, attempt: row.attempt, token },
+            kind: row.kind,
+            spec: row.spec,
+            dataset_id: row.dataset_id,
+            validation_dataset_id: row.validation_dataset_id,
+            tokenizer_id: row.tokenizer_id,
+            base_model_id: row.base_model_id,
+            model_id: row.model_id,
+        })
+    }};
+}
+
+/// Takes the job that is next: the highest priority, then the longest queued, of those whose project may run
+/// one more. One statement where no project with a quota has anything to claim.
 pub async fn claim(conn: &mut PgConnection, claimant: &Claimant) -> Result<Option<Claimed>, sqlx::Error> {
-    let token = ids::secret();
-    let row = sqlx::query!(
-        r#"WITH next AS (
-               SELECT id FROM jobs
-               WHERE state = 'queued' AND pool = $1 AND devices <= $2 AND run_after <= now()
-               ORDER BY priority DESC, queued_at, id FOR UPDATE SKIP LOCKED LIMIT 1
-           ), claimed AS (
-               UPDATE jobs SET state = 'running', attempt = attempt + 1, started_at = coalesce(started_at, now()),
-                   phase = 'preparing', next_event = next_event + 1
-               FROM next WHERE jobs.id = next.id AND state = 'queued'
-               RETURNING jobs.id, attempt, next_event - 1 AS event, kind, spec, dataset_id, validation_dataset_id, tokenizer_id,
-                   base_model_id, model_id
-           ), attempts AS (
-               INSERT INTO job_attempts (job_id, n, runner_id, lease_token, expires_at)
-               SELECT id, attempt, $3, $4, now() + make_interval(secs => $5) FROM claimed
-           ), ranks AS (
-               INSERT INTO attempt_ranks (job_id, attempt, rank, runner_id, devices, state)
-               SELECT id, attempt, 0, $3, $6, 'starting' FROM claimed
-           ), begun_datasets AS (
-               UPDATE datasets SET state = 'running' FROM claimed WHERE job_id = claimed.id AND state = 'queued'
-           ), begun_tokenizers AS (
-               UPDATE tokenizers SET state = 'running' FROM claimed WHERE job_id = claimed.id AND state = 'queued'
-           ), begun_models AS (
-               UPDATE models SET state = 'running' FROM claimed WHERE job_id = claimed.id AND state = 'queued'
-           ), events AS (
-               INSERT INTO job_events (job_id, id, level, code, message, data)
-               SELECT id, event, 'info', 'job.started', format('Attempt %s has begun.', attempt),
-                   jsonb_build_object('attempt', attempt, 'runner', $3::text) FROM claimed
-           )
-           SELECT id, attempt, kind AS "kind: Kind", spec, dataset_id, validation_dataset_id, tokenizer_id, base_model_id, model_id,
-               pg_notify('lathe_events', id) AS told
-           FROM claimed"#,
-        claimant.pool.as_str(),
-        claimant.devices,
-        claimant.runner_id,
-        token,
-        claimant.lease_seconds,
-        claimant.offered,
-    )
-    .fetch_optional(conn)
-    .await?;
-    Ok(row.map(|row| Claimed {
-        lease: Lease { job_id: row.id, attempt: row.attempt, token },
-        kind: row.kind,
-        spec: row.spec,
-        dataset_id: row.dataset_id,
-        validation_dataset_id: row.validation_dataset_id,
-        tokenizer_id: row.tokenizer_id,
-        base_model_id: row.base_model_id,
-        model_id: row.model_id,
-    }))
+    for _ in 0..RUNNERS_QUICKER {
+        if let Some(claimed) = claim_unlimited(conn, claimant, true).await? {
+            return Ok(Some(claimed));
+        }
+        let Some(project) = quota::open_project(conn, claimant).await? else { return Ok(None) };
+        if let Some(claimed) = claim_limited(conn, claimant, &project).await? {
+            return Ok(Some(claimed));
+        }
+        // A job without a quota comes first, or another runner was quicker.
+        if let Some(claimed) = claim_unlimited(conn, claimant, false).await? {
+            return Ok(Some(claimed));
+        }
+    }
+    Ok(None)
+}
+
+/// From the projects without a quota. `yields`: only if no project with one has anything to claim.
+async fn claim_unlimited(conn: &mut PgConnection, claimant: &Claimant, yields: bool) -> Result<Option<Claimed>, sqlx::Error> {
+    Ok(claim_next!(
+        conn,
+        claimant,
+        "SELECT id FROM jobs
+         WHERE state = 'queued' AND NOT limited AND pool = $1 AND devices <= $2 AND run_after <= now()
+           AND NOT ($7 AND EXISTS (
+               SELECT FROM projects p
+               WHERE p.running_jobs_quota IS NOT NULL
+                 AND EXISTS (SELECT FROM jobs j
+                             WHERE j.state = 'queued' AND j.limited AND j.project_id = p.id AND j.pool = $1
+                               AND j.devices <= $2 AND j.run_after <= now())
+                 AND p.running_jobs_quota > (SELECT count(*) FROM jobs r
+                                             WHERE r.finished_at IS NULL AND r.state IN ('running', 'pausing', 'cancelling')
+                                               AND r.project_id = p.id)))
+         ORDER BY priority DESC, queued_at, id FOR UPDATE SKIP LOCKED LIMIT 1",
+        yields
+    ))
+}
+
+/// From one project with a quota, if it has room and its next job comes before all of the projects without
+/// one. Claims of one project go one after the other, so that two never count the same room.
+async fn claim_limited(conn: &mut PgConnection, claimant: &Claimant, project: &str) -> Result<Option<Claimed>, sqlx::Error> {
+    let mut tx = conn.begin().await?;
+    quota::hold(&mut tx, project).await?;
+    let claimed = claim_next!(
+        &mut *tx,
+        claimant,
+        "SELECT id FROM jobs
+         WHERE state = 'queued' AND id = (
+             SELECT mine.id
+             FROM (SELECT id, priority, queued_at FROM jobs
+                   WHERE state = 'queued' AND limited AND project_id = $7 AND pool = $1 AND devices <= $2 AND run_after <= now()
+                   ORDER BY priority DESC, queued_at, id LIMIT 1) mine
+             LEFT JOIN (SELECT id, priority, queued_at FROM jobs
+                        WHERE state = 'queued' AND NOT limited AND pool = $1 AND devices <= $2 AND run_after <= now()
+                        ORDER BY priority DESC, queued_at, id LIMIT 1) other ON true
+             WHERE (other.id IS NULL OR (-mine.priority::bigint, mine.queued_at, mine.id) < (-other.priority::bigint, other.queued_at, other.id))
+               AND (SELECT running_jobs_quota FROM projects WHERE id = $7)
+                 > (SELECT count(*) FROM jobs
+                    WHERE finished_at IS NULL AND state IN ('running', 'pausing', 'cancelling') AND project_id = $7))
+         FOR UPDATE SKIP LOCKED",
+        project
+    );
+    tx.commit().await?;
+    Ok(claimed)
 }
 
 /// Renews the lease and says where the job stands, so that a control change is seen even if its

@@ -32,6 +32,7 @@ pub mod lease;
 pub mod metrics;
 pub mod publish;
 pub mod queue;
+pub mod quota;
 pub mod reaper;
 pub mod replicas;
 pub mod run;

@@ -77,9 +77,9 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
                 return Ok(());
             };
             let key = format!("tokenizers/{id}/{}", lease.attempt);
-            put(artifacts, folder, &key).await?;
+            let bytes = put(artifacts, folder, &key).await?;
             sqlx::query!(
-                "UPDATE tokenizers SET state = 'ready', artifact = $3, sha256 = $4, vocabulary = $5, added_roles = $6
+                "UPDATE tokenizers SET state = 'ready', artifact = $3, sha256 = $4, vocabulary = $5, added_roles = $6, bytes = $7
                  WHERE id = $1 AND job_id = $2 AND state IN ('queued', 'running')",
                 id,
                 lease.job_id,
@@ -87,6 +87,7 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
                 sha256,
                 vocabulary,
                 added_roles,
+                bytes,
             )
             .execute(tx)
             .await?
@@ -99,15 +100,16 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
                 return Ok(());
             };
             let key = format!("datasets/{id}/{}", lease.attempt);
-            put(artifacts, folder, &key).await?;
+            let bytes = put(artifacts, folder, &key).await?;
             sqlx::query!(
-                "UPDATE datasets SET state = 'ready', artifact = $3, sha256 = $4, statistics = $5
+                "UPDATE datasets SET state = 'ready', artifact = $3, sha256 = $4, statistics = $5, bytes = $6
                  WHERE id = $1 AND job_id = $2 AND state IN ('queued', 'running')",
                 id,
                 lease.job_id,
                 key,
                 sha256,
                 statistics,
+                bytes,
             )
             .execute(tx)
             .await?

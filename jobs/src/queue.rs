@@ -9,7 +9,7 @@ use lathe_model::protocol::Level;
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 
-use crate::{events, replicas, settle, spec::Spec, state::JobState};
+use crate::{events, quota, replicas, settle, spec::Spec, state::JobState};
 
 /// A job to enqueue. Ids of resources are lineage; the rows themselves are the caller's.
 #[derive(Clone, Debug)]
@@ -63,15 +63,16 @@ pub enum TransitionError {
 /// Adds a job, queued or blocked by its needs, and tells the runners. Adds no event.
 pub async fn enqueue(conn: &mut PgConnection, job: NewJob) -> Result<JobState, QueueError> {
     let mut tx = conn.begin().await?;
-    let state = match needs_all_met(&mut tx, &job.needs).await? {
+    let limited = quota::limits(&mut tx, &job.project_id).await?;
+    let state = match job.needs.is_empty() || needs_all_met(&mut tx, &job.needs).await? {
         true => JobState::Queued,
         false => JobState::Blocked,
     };
     let kind = job.spec.kind();
     sqlx::query!(
         "INSERT INTO jobs (id, project_id, kind, name, state, pool, devices, priority, spec, request, metadata, dataset_id,
-                           validation_dataset_id, tokenizer_id, base_model_id, model_id, max_attempts, queued_at)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17,
+                           validation_dataset_id, tokenizer_id, base_model_id, model_id, max_attempts, limited, queued_at)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18,
                  CASE WHEN $5 = 'queued' THEN now() END)",
         job.id,
         job.project_id,
@@ -90,16 +91,19 @@ pub async fn enqueue(conn: &mut PgConnection, job: NewJob) -> Result<JobState, Q
         job.base_model_id,
         job.model_id,
         job.max_attempts,
+        limited,
     )
     .execute(&mut *tx)
     .await?;
-    sqlx::query!(
-        "INSERT INTO job_dependencies (job_id, needs) SELECT DISTINCT $1, needs FROM unnest($2::text[]) AS needs",
-        job.id,
-        &job.needs
-    )
-    .execute(&mut *tx)
-    .await?;
+    if !job.needs.is_empty() {
+        sqlx::query!(
+            "INSERT INTO job_dependencies (job_id, needs) SELECT DISTINCT $1, needs FROM unnest($2::text[]) AS needs",
+            job.id,
+            &job.needs
+        )
+        .execute(&mut *tx)
+        .await?;
+    }
     settle::tell_runners(&mut tx, &job.id).await?;
     tx.commit().await?;
     Ok(state)

@@ -22,6 +22,7 @@ mod lists;
 mod once;
 mod openai_sdk;
 mod processes;
+mod quotas;
 mod refusals;
 mod training;
 mod worker;

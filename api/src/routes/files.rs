@@ -209,7 +209,7 @@ pub(super) async fn insert_file(conn: &mut PgConnection, file: NewFile<'_>) -> R
 #[utoipa::path(
     post, path = "/v1/files", operation_id = "create_file", tag = "files",
     request_body(content = CreateFile, content_type = "multipart/form-data"),
-    responses((status = 200, description = "The file", body = FileObject), (status = 507, description = "The disk is full"))
+    responses((status = 200, description = "The file", body = FileObject), (status = 507, description = "The disk or the project's quota on storage is full"))
 )]
 async fn create_file(
     State(state): State<AppState>,
@@ -218,6 +218,9 @@ async fn create_file(
     request: Request,
 ) -> Result<Json<FileObject>, ApiError> {
     let retried = is_retry(request.headers());
+    if let Some(least) = multipart::least_bytes(request.headers()) {
+        resource::require_storage(&mut *state.db.acquire().await?, &caller.project_id, least).await?;
+    }
     let id = ids::new_dashed("file");
     let expected = Expected {
         file_field: "file",
@@ -269,7 +272,9 @@ async fn register(db: &PgPool, creation: &Creation, file: NewFile<'_>, retried: 
     }
     drop(conn);
     let mut tx = db.begin().await?;
+    let project_id = &file.caller.project_id;
     let file = FileObject::from(insert_file(&mut tx, file).await?);
+    resource::require_storage(&mut tx, project_id, 0).await?;
     creation.commit(db, tx, StatusCode::OK, &file).await?;
     Ok(file)
 }

@@ -29,6 +29,7 @@ use crate::{
     page::{List, Page},
     parse::{Body, NoBody, Path, Query},
     problem::ApiError,
+    resource,
     routes::datasets::NewDataset,
     state::AppState,
     train_request::{HyperparametersBody, MAX_ATTEMPTS, Origin, TrainRequest},
@@ -67,6 +68,7 @@ async fn create_fine_tuning_job(
     let hyperparameters = body.hyperparameters()?;
     let mut conn = state.db.acquire().await?;
     let mut tx = conn.begin().await?;
+    resource::require_storage(&mut tx, &project.project_id, 1).await?;
     let dataset = insert_dataset(&mut tx, &project, &body.training_file, "training_file").await?;
     let validation = match &body.validation_file {
         Some(file) => Some(Validation::Dataset { dataset: insert_dataset(&mut tx, &project, file, "validation_file").await? }),

@@ -4,10 +4,11 @@ use axum::{Json, extract::State, http::StatusCode};
 use lathe_jobs::{
     audit::{self, Deed, Entry},
     ids,
+    quota::{self, Quotas},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -26,21 +27,47 @@ use crate::{
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(create_project, list_projects))
+        .routes(routes!(get_project, update_project))
+        .routes(routes!(get_project_usage))
         .routes(routes!(create_key, list_keys))
         .routes(routes!(delete_key))
 }
 
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-#[schema(example = json!({"name": "research", "metadata": {"team": "nlp"}}))]
+#[schema(example = json!({"name": "research", "metadata": {"team": "nlp"}, "quotas": {"storage_bytes": 1099511627776_i64}}))]
 pub struct CreateProject {
     #[schema(min_length = 1, max_length = 64)]
     name: String,
     metadata: Option<Metadata>,
+    /// None: no limits.
+    quotas: Option<ProjectQuotas>,
+}
+
+/// What a project may take; null: as much as there is.
+#[derive(Debug, Default, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"storage_bytes": 1099511627776_i64, "running_jobs": 2}))]
+pub struct ProjectQuotas {
+    /// Bytes of files, uploads, datasets, tokenizers, models and checkpoints together. What would exceed them is refused
+    /// with a 507; what a job makes in the end counts, but is not cut off.
+    #[schema(minimum = 0, maximum = 9223372036854775807_i64)]
+    #[serde(default)]
+    storage_bytes: Option<i64>,
+    /// Jobs of any kind that run at a time. Others wait in the queue, and say so in `waiting_for`.
+    #[schema(minimum = 0, maximum = 2147483647)]
+    #[serde(default)]
+    running_jobs: Option<i32>,
+}
+
+impl ProjectQuotas {
+    fn quotas(&self) -> Quotas {
+        Quotas { storage_bytes: self.storage_bytes, running_jobs: self.running_jobs }
+    }
 }
 
 #[derive(Debug, Serialize, ToSchema)]
-#[schema(example = json!({"id": "proj_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "project", "name": "research", "metadata": {"team": "nlp"}, "created_at": 1767225600}))]
+#[schema(example = json!({"id": "proj_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "project", "name": "research", "metadata": {"team": "nlp"}, "quotas": {"storage_bytes": null, "running_jobs": 2}, "created_at": 1767225600}))]
 pub struct ProjectObject {
     #[schema(examples("proj_01J8Z0M5V4Q1X7Y2K3N6R9T0WB"))]
     id: String,
@@ -48,6 +75,7 @@ pub struct ProjectObject {
     object: &'static str,
     name: String,
     metadata: Metadata,
+    quotas: ProjectQuotas,
     /// Unix seconds.
     created_at: i64,
 }
@@ -56,6 +84,8 @@ struct ProjectRow {
     id: String,
     name: String,
     metadata: Value,
+    storage_quota_bytes: Option<i64>,
+    running_jobs_quota: Option<i32>,
     created_at: OffsetDateTime,
 }
 
@@ -66,6 +96,7 @@ impl From<ProjectRow> for ProjectObject {
             object: "project",
             name: row.name,
             metadata: Metadata::from_row(row.metadata),
+            quotas: ProjectQuotas { storage_bytes: row.storage_quota_bytes, running_jobs: row.running_jobs_quota },
             created_at: row.created_at.unix_timestamp(),
         }
     }
@@ -82,13 +113,17 @@ async fn create_project(
     creation: Creation,
     Body(request): Body<CreateProject>,
 ) -> Result<Json<ProjectObject>, ApiError> {
+    let quotas = request.quotas.unwrap_or_default();
     let mut tx = state.db.begin().await?;
     let row = sqlx::query_as!(
         ProjectRow,
-        "INSERT INTO projects (id, name, metadata) VALUES ($1, $2, $3) RETURNING id, name, metadata, created_at",
+        "INSERT INTO projects (id, name, metadata, storage_quota_bytes, running_jobs_quota) VALUES ($1, $2, $3, $4, $5)
+         RETURNING id, name, metadata, storage_quota_bytes, running_jobs_quota, created_at",
         ids::new("proj"),
         request.name,
         request.metadata.unwrap_or_default().to_row(),
+        quotas.storage_bytes,
+        quotas.running_jobs,
     )
     .fetch_one(&mut *tx)
     .await?;
@@ -128,11 +163,108 @@ async fn list_projects(
         ProjectRow,
         &state.db,
         &page,
-        "SELECT id, name, metadata, created_at FROM projects WHERE ($4::text IS NULL OR name = $4)",
+        "SELECT id, name, metadata, storage_quota_bytes, running_jobs_quota, created_at FROM projects WHERE ($4::text IS NULL OR name = $4)",
         query.name,
     )?;
     let projects = rows.into_iter().map(ProjectObject::from);
     Ok(Json(List::of(projects.collect(), &page, |project| &project.id)))
+}
+
+/// Retrieve a project
+#[utoipa::path(
+    get, path = "/v1/projects/{project_id}", operation_id = "get_project", tag = "projects", params(("project_id" = String, Path)),
+    responses((status = 200, description = "The project", body = ProjectObject))
+)]
+async fn get_project(State(state): State<AppState>, _: Admin, Path(id): Path<String>) -> Result<Json<ProjectObject>, ApiError> {
+    let mut conn = state.db.acquire().await?;
+    find(&mut conn, &id).await.map(Json)
+}
+
+async fn find(conn: &mut PgConnection, id: &str) -> Result<ProjectObject, ApiError> {
+    let row = sqlx::query_as!(
+        ProjectRow,
+        "SELECT id, name, metadata, storage_quota_bytes, running_jobs_quota, created_at FROM projects WHERE id = $1",
+        id
+    )
+    .fetch_optional(conn)
+    .await?;
+    row.map(ProjectObject::from).ok_or_else(|| ApiError::no_project(id))
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"quotas": {"storage_bytes": 1099511627776_i64, "running_jobs": 2}}))]
+pub struct UpdateProject {
+    /// All of them: one that is missing in it is lifted.
+    quotas: ProjectQuotas,
+}
+
+/// Set a project's quotas
+///
+/// They hold from now on: what is stored stays, and jobs that run go on.
+#[utoipa::path(
+    post, path = "/v1/projects/{project_id}", operation_id = "update_project", tag = "projects", request_body = UpdateProject,
+    params(("project_id" = String, Path)), responses((status = 200, description = "The project", body = ProjectObject))
+)]
+async fn update_project(
+    State(state): State<AppState>,
+    _: Admin,
+    Path(id): Path<String>,
+    Body(request): Body<UpdateProject>,
+) -> Result<Json<ProjectObject>, ApiError> {
+    let mut tx = state.db.begin().await?;
+    if !quota::set(&mut tx, &id, request.quotas.quotas()).await? {
+        return Err(ApiError::no_project(&id));
+    }
+    let project = find(&mut tx, &id).await?;
+    tx.commit().await?;
+    Ok(Json(project))
+}
+
+/// What a project takes. Deleted things do not count; a pending upload counts with the bytes that it was begun for.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"object": "project.usage", "project_id": "proj_default", "running_jobs": 1, "storage_bytes": 1300,
+    "files": 1000, "uploads": 0, "datasets": 300, "tokenizers": 0, "models": 0, "checkpoints": 0}))]
+pub struct UsageObject {
+    #[schema(examples("project.usage"))]
+    object: &'static str,
+    project_id: String,
+    running_jobs: i64,
+    /// Of all that follow together.
+    storage_bytes: i64,
+    /// Bytes.
+    files: i64,
+    uploads: i64,
+    datasets: i64,
+    tokenizers: i64,
+    models: i64,
+    checkpoints: i64,
+}
+
+/// Retrieve what a project takes
+#[utoipa::path(
+    get, path = "/v1/projects/{project_id}/usage", operation_id = "get_project_usage", tag = "projects", params(("project_id" = String, Path)),
+    responses((status = 200, description = "Bytes and running jobs", body = UsageObject))
+)]
+async fn get_project_usage(
+    State(state): State<AppState>,
+    _: Admin,
+    Path(project_id): Path<String>,
+) -> Result<Json<UsageObject>, ApiError> {
+    require_project(&state.db, &project_id).await?;
+    let usage = quota::usage(&mut *state.db.acquire().await?, &project_id).await?;
+    Ok(Json(UsageObject {
+        object: "project.usage",
+        project_id,
+        running_jobs: usage.running_jobs,
+        storage_bytes: usage.storage_bytes(),
+        files: usage.files,
+        uploads: usage.uploads,
+        datasets: usage.datasets,
+        tokenizers: usage.tokenizers,
+        models: usage.models,
+        checkpoints: usage.checkpoints,
+    }))
 }
 
 #[derive(Debug, Default, Deserialize, ToSchema)]

@@ -71,7 +71,7 @@ async fn render(state: &AppState) -> Result<String, ApiError> {
     .await?;
     let queued = sqlx::query!(
         r#"SELECT pool, count(*) AS "count!", coalesce(extract(epoch FROM now() - min(queued_at)), 0)::float8 AS "oldest!"
-           FROM jobs WHERE state = 'queued' GROUP BY pool ORDER BY pool"#
+           FROM jobs WHERE state = 'queued' AND finished_at IS NULL GROUP BY pool ORDER BY pool"#
     )
     .fetch_all(&state.db)
     .await?;

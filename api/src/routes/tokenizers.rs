@@ -201,6 +201,7 @@ async fn create_tokenizer(
 ) -> Result<(StatusCode, Json<TokenizerObject>), ApiError> {
     let mut conn = state.db.acquire().await?;
     let mut tx = conn.begin().await?;
+    resource::require_storage(&mut tx, &project.project_id, 1).await?;
     let id = match body {
         CreateTokenizer::Train(body) => insert_trained(&mut tx, &project.project_id, body).await?,
         CreateTokenizer::Import(body) => insert_imported(&mut tx, &project.project_id, body).await?,

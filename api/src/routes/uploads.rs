@@ -146,6 +146,7 @@ async fn create_upload(
     .await?;
     let upload = row.object(None);
     audit::record(&mut tx, caller.did(Deed::UploadCreated, &upload.id)).await?;
+    resource::require_storage(&mut tx, &caller.project_id, 0).await?;
     creation.commit(&state.db, tx, StatusCode::OK, &upload).await?;
     Ok(Json(upload))
 }
@@ -201,7 +202,7 @@ pub struct UploadPart {
     request_body(content = CreateUploadPart, content_type = "multipart/form-data"), params(("upload_id" = String, Path)),
     responses(
         (status = 200, description = "The part", body = UploadPart), (status = 409, description = "The upload is not pending"),
-        (status = 507, description = "The disk is full"),
+        (status = 507, description = "The disk or the project's quota on storage is full"),
     )
 )]
 async fn create_upload_part(
@@ -216,7 +217,7 @@ async fn create_upload_part(
     let key = format!("parts/{id}");
     let expected = Expected { file_field: "data", texts: &[], key: &key, limit: state.config.part_limit };
     let written = multipart::receive(&state, request, expected).await?.upload.finish().await?;
-    let new = NewPart { id: &id, upload_id: &upload_id, written: &written, retried };
+    let new = NewPart { id: &id, project_id: &caller.project_id, upload_id: &upload_id, written: &written, retried };
     let added = add_part(&state, &creation, new).await;
     let has_row = added.as_ref().map_or_else(ApiError::may_have_taken_effect, |part| part.id == id);
     if !has_row {
@@ -228,6 +229,7 @@ async fn create_upload_part(
 /// A part whose bytes lie in the store.
 struct NewPart<'a> {
     id: &'a str,
+    project_id: &'a str,
     upload_id: &'a str,
     written: &'a Written,
     /// Sent before, perhaps, by the same client.
@@ -236,7 +238,7 @@ struct NewPart<'a> {
 
 /// Adds the part; for an SDK's retry, the upload's part with the same bytes is the answer.
 async fn add_part(state: &AppState, creation: &Creation, new: NewPart<'_>) -> Result<UploadPart, ApiError> {
-    let NewPart { id, upload_id, written, retried } = new;
+    let NewPart { id, project_id, upload_id, written, retried } = new;
     let answer = |id: &str, created_at: OffsetDateTime| UploadPart {
         id: id.to_owned(),
         object: "upload.part",
@@ -285,6 +287,8 @@ async fn add_part(state: &AppState, creation: &Creation, new: NewPart<'_>) -> Re
     )
     .fetch_one(&mut *transaction)
     .await?;
+    // Parts beyond what the upload was begun for.
+    resource::require_storage(&mut transaction, project_id, 0).await?;
     let part = answer(id, created_at);
     creation.commit(&state.db, transaction, StatusCode::OK, &part).await?;
     Ok(part)

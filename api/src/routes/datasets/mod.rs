@@ -174,6 +174,7 @@ async fn create_dataset(
     let new = NewDataset { name: &body.name, source, metadata: body.metadata.unwrap_or_default(), implicit: false };
     let mut conn = state.db.acquire().await?;
     let mut tx = conn.begin().await?;
+    resource::require_storage(&mut tx, &project.project_id, 1).await?;
     let id = new.insert(&mut tx, &project.project_id).await?;
     let row = find(&mut tx, &project.project_id, &id).await?;
     let dataset = DatasetObject::from(row);

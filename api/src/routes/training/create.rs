@@ -58,6 +58,7 @@ pub(super) async fn create_training_job(
     }
     let mut conn = state.db.acquire().await?;
     let mut tx = conn.begin().await?;
+    resource::require_storage(&mut tx, &project.project_id, 1).await?;
     let suffix = request.name.clone();
     let id = insert(&mut tx, &project.project_id, request, stored, suffix.as_deref()).await?;
     let row = super::find(&mut tx, &project.project_id, &id).await?;

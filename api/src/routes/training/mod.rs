@@ -95,12 +95,20 @@ pub enum PhaseName {
     Publishing,
 }
 
+/// Why a queued job is not claimed although its turn may have come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WaitingFor {
+    /// The project runs as many jobs as it may.
+    RunningJobsQuota,
+}
+
 /// A training job. Times are unix seconds with milliseconds behind the point.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(example = json!({"id": "ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "training.job", "name": "small", "state": "running", "phase": "training",
     "method": {"type": "pretrain", "objective": "causal_lm"}, "model": "model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "model_config": {"architecture": "gpt", "layers": 4, "vocabulary": 1024},
     "base_model": null, "dataset": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "tokenizer": "tok_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "validation": {"fraction": 0.05},
-    "hyperparameters": {"steps": 2000, "batch_size": 12, "precision": "fp32"}, "priority": 0, "after": [], "queue_position": null, "run_after": null,
+    "hyperparameters": {"steps": 2000, "batch_size": 12, "precision": "fp32"}, "priority": 0, "after": [], "queue_position": null, "waiting_for": null, "run_after": null,
     "step": 420, "steps": 2000, "loss": 2.31, "tokens_per_second": 21000.0, "trained_tokens": null, "eta_seconds": 57.8,
     "created_at": 1767225600.25, "started_at": 1767225600.31, "first_step_at": 1767225602.1, "finished_at": null, "attempts": 1, "failures": 0, "error": null,
     "checkpoints": [{"id": "ftckpt_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "step": 400, "best": true}], "metadata": {}}))]
@@ -129,6 +137,8 @@ pub struct TrainingJobObject {
     after: Vec<String>,
     /// 1: the next of its kind to be claimed. Only while it is queued.
     queue_position: Option<i64>,
+    /// Why it waits although its turn may have come.
+    waiting_for: Option<WaitingFor>,
     /// When it is tried, where that lies ahead.
     run_after: Option<f64>,
     /// The last finished step.
@@ -195,6 +205,7 @@ pub(super) struct JobRow {
     pub first_step_at: Option<OffsetDateTime>,
     pub finished_at: Option<OffsetDateTime>,
     pub queue_position: Option<i64>,
+    pub waits_for_quota: bool,
     pub checkpoints: Value,
     pub training_file: Option<String>,
     pub validation_file: Option<String>,
@@ -210,8 +221,11 @@ macro_rules! select_jobs {
                       j.trained_tokens, j.error, j.run_after, j.run_after > now() AS "run_after_is_ahead!", j.created_at, j.started_at, j.first_step_at,
                       j.finished_at,
                       CASE WHEN j.state = 'queued' THEN
-                          (SELECT count(*) + 1 FROM jobs o WHERE o.state = 'queued' AND o.pool = j.pool
+                          (SELECT count(*) + 1 FROM jobs o WHERE o.state = 'queued' AND o.finished_at IS NULL AND o.pool = j.pool
                              AND (o.priority > j.priority OR o.priority = j.priority AND (o.queued_at, o.id) < (j.queued_at, j.id))) END AS queue_position,
+                      (j.state = 'queued' AND j.limited AND (SELECT running_jobs_quota FROM projects p WHERE p.id = j.project_id)
+                         <= (SELECT count(*) FROM jobs r WHERE r.finished_at IS NULL AND r.state IN ('running', 'pausing', 'cancelling')
+                               AND r.project_id = j.project_id)) IS TRUE AS "waits_for_quota!",
                       (SELECT coalesce(jsonb_agg(jsonb_build_object('id', c.id, 'step', c.step, 'best', c.best) ORDER BY c.step), '[]')
                          FROM checkpoints c WHERE c.job_id = j.id) AS "checkpoints!",
                       (SELECT file_id FROM dataset_files f WHERE f.dataset_id = j.dataset_id AND f.position = 0) AS training_file,
@@ -281,6 +295,7 @@ impl From<JobRow> for TrainingJobObject {
             tokenizer: row.tokenizer_id,
             priority: row.priority,
             queue_position: row.queue_position,
+            waiting_for: row.waits_for_quota.then_some(WaitingFor::RunningJobsQuota),
             step: row.step,
             loss: row.loss,
             tokens_per_second: row.tokens_per_second,
