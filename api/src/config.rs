@@ -270,6 +270,7 @@ impl RunnerOptions {
             deterministic_decode: self.deterministic_decode,
             decompression_ratio: self.decompression_ratio,
             audit_days: self.audit_days,
+            log: crate::logging::apply,
             ..RunnerConfig::new(database_url, store.folder(database))
         }
     }

@@ -13,7 +13,7 @@ use lathe_api::{
     state::{self, AppState},
     supervisor::{self, Database, ServeError},
 };
-use lathe_jobs::{artifacts::Artifacts, runner, store_id};
+use lathe_jobs::{artifacts::Artifacts, log_filter, runner, store_id};
 use tokio::signal::unix::{SignalKind, signal};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
@@ -93,6 +93,7 @@ async fn run_api(args: ApiArgs) -> Outcome {
     let artifacts = Artifacts::open(args.store.folder(&args.database))?.with_reserve(args.store.disk_low_bytes);
     store_id::write(&mut conn, &artifacts).await?;
     drop(conn);
+    tokio::spawn(log_filter::follow(db.clone(), logging::apply));
     let state = AppState::new(db, artifacts, args.options.config(&args.store));
     let (stop, shutdown) = (stopped()?, state.shutdown.clone());
     tokio::spawn(async move {

@@ -83,7 +83,7 @@ fn tags() -> Vec<Value> {
         ("models", "The registry, with lineage."),
         ("generation", "Text from models."),
         ("projects", "Tenants and their keys."),
-        ("operating", "Runners, metrics and the audit log."),
+        ("operating", "Runners, metrics, the audit log and what is logged."),
         (PUBLIC_TAG, "Whether the server lives and is ready."),
     ];
     tags.iter().map(|(name, description)| json!({"name": name, "description": description})).collect()
@@ -109,7 +109,7 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
     let body = operation.get("requestBody").map(|body| &body["content"]);
     let (has_body, has_json) = (body.is_some(), body.is_some_and(|body| body["application/json"].is_object()));
     // A body arrives, and is bounded, also where it must be empty.
-    let posted = method == "post";
+    let posted = ["post", "put"].contains(&method);
     let creates = has_body && CREATIONS.contains(&path);
     let parameters = operation.get("parameters").and_then(Value::as_array);
     let has_id = parameters.is_some_and(|all| all.iter().any(|one| one["in"] == "path"));

@@ -29,6 +29,7 @@ pub mod events;
 pub mod housekeeping;
 pub mod ids;
 pub mod lease;
+pub mod log_filter;
 pub mod metrics;
 pub mod publish;
 pub mod queue;

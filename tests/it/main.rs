@@ -19,6 +19,7 @@ mod growth;
 mod handmade;
 mod ingestion;
 mod lists;
+mod log_filter;
 mod once;
 mod openai_sdk;
 mod processes;

@@ -8,6 +8,7 @@ pub mod files;
 pub mod fine_tuning;
 mod generation_common;
 pub mod health;
+pub mod log_filter;
 pub mod models;
 pub mod projects;
 pub mod prometheus;
@@ -63,6 +64,7 @@ fn keyed() -> OpenApiRouter<AppState> {
         .merge(tokenizers::router())
         .merge(runners::router())
         .merge(audit::router())
+        .merge(log_filter::router())
         .merge(training::router())
         .merge(fine_tuning::router())
         .merge(models::router())

@@ -30,7 +30,7 @@ use crate::{
     devices::{self, Device},
     housekeeping, ids,
     lease::{self, Claimant},
-    reaper, replicas, settle,
+    log_filter, reaper, replicas, settle,
     state::Pool,
     store_id::{self, StoreError},
     waiting::{self, answered},
@@ -90,6 +90,7 @@ pub async fn run(config: RunnerConfig, shutdown: impl Future<Output = ()>) -> Re
     background.spawn(watch_disk(context.clone()));
     background.spawn(reaper::run(context.db.clone(), context.artifacts.clone(), context.config.lease_seconds));
     background.spawn(housekeeping::run(context.clone()));
+    background.spawn(log_filter::follow(context.db.clone(), context.config.log));
     let mut work = JoinSet::new();
     let light =
         (0..context.config.light_slots).map(|_| Device { threads: devices::cores().div_ceil(2), ..devices::cpu("light work") });
