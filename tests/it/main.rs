@@ -7,6 +7,7 @@ mod backup;
 mod chaos;
 mod checkpoints;
 mod contract;
+mod dashboard;
 mod database;
 mod demo;
 mod disk;
