@@ -246,6 +246,9 @@ pub struct RunnerOptions {
     /// Days for which entries of the audit log are kept.
     #[arg(long, env = "LATHE_AUDIT_DAYS", default_value_t = 365, value_parser = clap::value_parser!(u16).range(1..=36_500), value_name = "DAYS")]
     pub audit_days: u16,
+    /// Take no job that needs a device, so no training: data and tokenizers alone. Models are served all the same.
+    #[arg(long, env = "LATHE_LIGHT_ONLY", value_parser = FalseyValueParser::new())]
+    pub light_only: bool,
 }
 
 impl RunnerOptions {
@@ -258,6 +261,7 @@ impl RunnerOptions {
             ("LATHE_DETERMINISTIC_DECODE", self.deterministic_decode.to_string()),
             ("LATHE_DECOMPRESSION_RATIO", self.decompression_ratio.to_string()),
             ("LATHE_AUDIT_DAYS", self.audit_days.to_string()),
+            ("LATHE_LIGHT_ONLY", self.light_only.to_string()),
         ]
     }
 
@@ -271,6 +275,7 @@ impl RunnerOptions {
             decompression_ratio: self.decompression_ratio,
             audit_days: self.audit_days,
             log: crate::logging::apply,
+            offer_devices: !self.light_only,
             ..RunnerConfig::new(database_url, store.folder(database))
         }
     }
