@@ -112,7 +112,13 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
     let posted = ["post", "put"].contains(&method);
     let creates = has_body && CREATIONS.contains(&path);
     let parameters = operation.get("parameters").and_then(Value::as_array);
-    let has_id = parameters.is_some_and(|all| all.iter().any(|one| one["in"] == "path"));
+    // The id of an item after which a page begins is one too; where items are numbered, any number may be named.
+    let is_text = |one: &Value| {
+        one["schema"]["type"] == "string"
+            || one["schema"]["type"].as_array().is_some_and(|types| types.contains(&json!("string")))
+    };
+    let has_id =
+        parameters.is_some_and(|all| all.iter().any(|one| one["in"] == "path" || one["name"] == "after" && is_text(one)));
     operation.insert("security".to_owned(), if public { json!([]) } else { json!([{"key": []}]) });
     if creates && let Some(parameters) = operation.entry("parameters").or_insert_with(|| json!([])).as_array_mut() {
         parameters.push(json!({"$ref": "#/components/parameters/Idempotency-Key"}));

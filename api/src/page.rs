@@ -44,7 +44,7 @@ impl Page {
     /// project has no such item.
     fn after(mut self, id: String, created_at: Option<OffsetDateTime>) -> Result<Page, ApiError> {
         if created_at.is_none() {
-            return Err(ApiError::bad_request("after", format!("There is no `{id}` in this list to go on after.")));
+            return Err(ApiError::no_such_item(&id));
         }
         self.after = created_at;
         self.after_id = Some(id);

@@ -92,6 +92,13 @@ impl ApiError {
         ApiError::invalid(StatusCode::NOT_FOUND, format!("There is no {what} `{id}` in this project.")).with_code("not_found")
     }
 
+    /// 404 for the item after which a page is asked for.
+    pub fn no_such_item(id: &str) -> ApiError {
+        ApiError::invalid(StatusCode::NOT_FOUND, format!("There is no `{id}` in this list to go on after."))
+            .with_code("not_found")
+            .with_param("after")
+    }
+
     /// 404 for a project, which is in no other.
     pub fn no_project(id: &str) -> ApiError {
         ApiError::invalid(StatusCode::NOT_FOUND, format!("There is no project `{id}`.")).with_code("not_found")

@@ -302,9 +302,11 @@ fn types(schema: &Value) -> impl Iterator<Item = &str> {
     schema["type"].as_str().into_iter().chain(list(&schema["type"]).filter_map(Value::as_str))
 }
 
-/// The integer that a number is, however it is written, if it is one of at most 64 bits.
+/// The integer that a number is, however it is written, if it is one of at most 64 bits. An integer of more bits has been
+/// read as the nearest float, which for some just below the least of 64 bits is that one: as a float it is refused.
 fn integer(number: &serde_json::Number) -> Option<i128> {
-    let integer = number.as_i128().or_else(|| number.as_f64().filter(|value| value.fract() == 0.0).map(|value| value as i128))?;
+    let exact = |value: &f64| value.fract() == 0.0 && *value > i64::MIN as f64;
+    let integer = number.as_i128().or_else(|| number.as_f64().filter(exact).map(|value| value as i128))?;
     (i128::from(i64::MIN)..=i128::from(u64::MAX)).contains(&integer).then_some(integer)
 }
 
@@ -558,6 +560,15 @@ mod tests {
         for wrong in [json!(12.5), json!(1e300), json!(-1), json!(1.8446744073709552e19), json!("12")] {
             assert_eq!(read::<Numbers>(json!({"seed": wrong})).unwrap_err().param, "seed", "{wrong}");
         }
+    }
+
+    #[test]
+    fn an_integer_just_below_the_least_is_not_taken_for_it() {
+        let parsed = |text| integer(&serde_json::from_str(text).unwrap());
+        assert_eq!(parsed("-9223372036854775808"), Some(i64::MIN.into()));
+        assert_eq!(parsed("-9223372036854774784.0"), Some(-9223372036854774784));
+        assert_eq!(parsed("-9223372036854775809"), None);
+        assert_eq!(parsed("18446744073709551616"), None);
     }
 
     #[test]

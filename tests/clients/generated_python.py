@@ -168,8 +168,11 @@ def refused(kind, call):
 def refusals():
     missing = refused(NotFoundException, lambda: models.get_model("missing"))
     expect(missing.code == "model_not_found", missing)
-    wrong = refused(BadRequestException, lambda: files.list_files(after="file-missing"))
-    expect(wrong.param == "after", wrong)
+    gone = refused(NotFoundException, lambda: files.list_files(after="file-missing"))
+    expect(gone.param == "after", gone)
+    asked = CreateChatCompletion(model=base.model, messages=[Message(role=MessageRole.USER, content=MessageContent("3?"))])
+    wrong = refused(BadRequestException, lambda: generation.create_chat_completion(asked))
+    expect(wrong.param == "model" and wrong.code == "no_chat_template", wrong)
     stranger = ModelsApi(ApiClient(Configuration(host=os.environ["LATHE_URL"], access_token="sk-nobody")))
     refused(UnauthorizedException, stranger.list_models)
     return "404, 400 and 401 as exceptions with the error's fields"

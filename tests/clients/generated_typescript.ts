@@ -143,8 +143,13 @@ await step('refusals', async () => {
   const missing = await lathe.getModel({ path: { model: 'missing' }, throwOnError: false });
   assert.equal(missing.response?.status, 404);
   assert.equal(missing.error?.error.code, 'model_not_found');
-  const wrong = await lathe.listFiles({ query: { after: 'file-missing' }, throwOnError: false });
-  assert.equal(wrong.error?.error.param, 'after');
+  const gone = await lathe.listFiles({ query: { after: 'file-missing' }, throwOnError: false });
+  assert.equal(gone.response?.status, 404);
+  assert.equal(gone.error?.error.param, 'after');
+  const asked = { model: base.model ?? '', messages: [{ role: 'user' as const, content: '3?' }] };
+  const wrong = await lathe.createChatCompletion({ body: asked, throwOnError: false });
+  assert.equal(wrong.response?.status, 400);
+  assert.equal(wrong.error?.error.code, 'no_chat_template');
   const stranger = await lathe.listModels({ auth: 'sk-nobody', throwOnError: false });
   assert.equal(stranger.response?.status, 401);
   return [undefined, "404, 400 and 401 with the error's fields"] as const;

@@ -99,16 +99,13 @@ async fn lists_are_paged_both_ways(db: PgPool) {
         assert_eq!(seen, expected, "{order}");
     }
     assert_eq!(api.get("/v1/files?purpose=batch").await.1["data"], json!([]));
-    for (query, param) in [
-        ("limit=0", "limit"),
-        ("limit=10001", "limit"),
-        ("limit=x", "limit"),
-        ("order=up", "order"),
-        ("after=file-x", "after"),
-        ("colour=red", "colour"),
-    ] {
+    for (query, param) in
+        [("limit=0", "limit"), ("limit=10001", "limit"), ("limit=x", "limit"), ("order=up", "order"), ("colour=red", "colour")]
+    {
         assert_eq!(refused(query, &api.get(&format!("/v1/files?{query}")).await, &[400]).as_deref(), Some(param));
     }
+    let unknown = api.get("/v1/files?after=file-x").await;
+    assert_eq!(refused("after=file-x", &unknown, &[404]).as_deref(), Some("after"));
 }
 
 #[sqlx::test(migrator = "lathe_api::MIGRATOR")]

@@ -104,8 +104,8 @@ async fn a_refusal_names_its_place(db: PgPool) {
         (get.clone(), "/v1/training/jobs/ftjob-test/logs?attempt=2147483648", none.clone(), 400, Some("attempt"), &["at most"]),
         (get.clone(), "/v1/training/jobs/ftjob-test/events?stream=true&limit=5", none.clone(), 422, Some("limit"), &["stream"]),
         // Cursors that stand for no item of the list.
-        (get.clone(), "/v1/fine_tuning/jobs?after=ftjob-base", none.clone(), 400, Some("after"), &[]),
-        (get.clone(), "/v1/fine_tuning/jobs/ftjob-test/events?after=ftevent-test-7", none.clone(), 400, Some("after"), &[]),
+        (get.clone(), "/v1/fine_tuning/jobs?after=ftjob-base", none.clone(), 404, Some("after"), &[]),
+        (get.clone(), "/v1/fine_tuning/jobs/ftjob-test/events?after=ftevent-test-7", none.clone(), 404, Some("after"), &[]),
         (get.clone(), "/v1/projects/none/keys", none.clone(), 404, None, &["There is no project `none`."]),
         (Method::DELETE, "/v1/models/model-test:ckpt-step-1", none.clone(), 409, None, &["checkpoint"]),
         (Method::DELETE, "/v1/models/model-test:ckpt-step-2", none.clone(), 404, None, &[]),

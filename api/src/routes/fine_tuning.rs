@@ -241,7 +241,7 @@ async fn list_fine_tuning_events(
             sqlx::query_scalar!("SELECT id FROM job_events WHERE job_id = $1 AND id = $2", id, number)
                 .fetch_optional(&mut *conn)
                 .await?
-                .ok_or_else(|| ApiError::bad_request("after", format!("There is no event `{after}` to go on after.")))?
+                .ok_or_else(|| ApiError::no_such_item(after))?
         }
         None => i64::MAX,
     };
