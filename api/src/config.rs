@@ -7,13 +7,16 @@ use std::{net::SocketAddr, num::NonZeroU32, path::PathBuf, time::Duration};
 
 use axum::http::HeaderValue;
 use clap::{Args, Parser, Subcommand, ValueEnum, builder::FalseyValueParser};
-use lathe_jobs::context::RunnerConfig;
+use lathe_jobs::{context::RunnerConfig, internal_addr::InternalAddr};
 
 use crate::state::ApiConfig;
 
 /// The variable by which `serve` hands its listening socket to the api, so that the port outlives a
 /// restart and clients wait instead of being refused.
 pub const LISTEN_FD: &str = "LATHE_LISTEN_FD";
+
+/// Where the API is served unless told otherwise.
+const LISTEN: &str = "127.0.0.1:8080";
 
 #[derive(Debug, Parser)]
 #[command(name = "lathe", version, about = "A corpus becomes a language model that answers over HTTP.", max_term_width = 100)]
@@ -75,6 +78,8 @@ pub enum Command {
     Engine(EngineArgs),
     /// Bring the database's schema up to this binary's, and end.
     Migrate(DatabaseArgs),
+    /// Ask whether the api on this machine answers; for a container's health check.
+    Health(HealthArgs),
     /// Print the OpenAPI document.
     Openapi,
     /// Make, list and revoke API keys.
@@ -140,7 +145,7 @@ pub struct ApiArgs {
 #[derive(Clone, Debug, Args)]
 pub struct ApiOptions {
     /// The address to serve HTTP on.
-    #[arg(long, env = "LATHE_LISTEN", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+    #[arg(long, env = "LATHE_LISTEN", default_value = LISTEN, value_name = "ADDRESS")]
     pub listen: SocketAddr,
     /// A listening socket that the parent opened, instead of `listen`.
     #[arg(long, env = LISTEN_FD, hide = true)]
@@ -234,9 +239,10 @@ pub struct RunnerOptions {
     /// Seconds after which a worker that shows no sign of progress is killed; its job is tried again.
     #[arg(long, env = "LATHE_STALL_SECONDS", default_value_t = 1800, value_parser = clap::value_parser!(u64).range(5..=604_800), value_name = "SECONDS")]
     pub stall_seconds: u64,
-    /// The address on which engines and ranks listen; they have weaker protection than the API.
+    /// The address on which engines and ranks listen, which have weaker protection than the API; `auto`, the one from which
+    /// this machine reaches the database.
     #[arg(long, env = "LATHE_INTERNAL_ADDR", default_value = "127.0.0.1", value_name = "ADDRESS")]
-    pub internal_addr: std::net::IpAddr,
+    pub internal_addr: InternalAddr,
     /// Decode in batches of one fixed shape, so that no answer depends on its neighbours at all.
     #[arg(long, env = "LATHE_DETERMINISTIC_DECODE", value_parser = FalseyValueParser::new())]
     pub deterministic_decode: bool,
@@ -299,6 +305,13 @@ pub struct EngineArgs {
     pub listen: SocketAddr,
     #[arg(long)]
     pub deterministic_decode: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct HealthArgs {
+    /// Where the api listens.
+    #[arg(long, env = "LATHE_LISTEN", default_value = LISTEN, value_name = "ADDRESS")]
+    pub listen: SocketAddr,
 }
 
 #[derive(Debug, Args)]

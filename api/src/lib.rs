@@ -16,6 +16,7 @@ pub mod demo;
 pub mod engine_server;
 pub mod event_hub;
 pub mod generation;
+pub mod health_check;
 pub mod idempotency;
 pub mod keys;
 mod lingering;

@@ -9,7 +9,7 @@ use clap::Parser;
 use lathe_api::{
     auth,
     config::{ApiArgs, Cli, Command, DatabaseArgs, KeyCommand, LogOptions},
-    demo, engine_server, keys, logging, migrate, openapi, server,
+    demo, engine_server, health_check, keys, logging, migrate, openapi, server,
     state::{self, AppState},
     supervisor::{self, Database, ServeError},
 };
@@ -63,6 +63,7 @@ fn run(command: Command, log: &LogOptions) -> Result<ExitCode, Box<dyn Error + S
                 database.close().await;
                 Ok(migrated?)
             }
+            Command::Health(args) => Ok(health_check::run(args.listen).await?),
             Command::Openapi => Ok(std::io::stdout().write_all(openapi::text().as_bytes())?),
             Command::Key(args) => {
                 let database = Database::attach(&args.database).await?;

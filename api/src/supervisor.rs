@@ -7,7 +7,7 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    net::{SocketAddr, TcpListener},
     os::fd::{AsRawFd, FromRawFd, RawFd},
     path::PathBuf,
     process::Stdio,
@@ -24,6 +24,7 @@ use crate::{
     children::{self, Spawner},
     config::{ApiOptions, DatabaseArgs, LISTEN_FD, LogOptions, ServeArgs},
     datadir::{BootstrapKey, DataDir, DataDirError},
+    health_check::reachable,
     migrate::{self, SchemaError},
     postgres::{Postgres, PostgresError},
 };
@@ -338,16 +339,6 @@ pub fn listener(options: &ApiOptions) -> Result<tokio::net::TcpListener, ServeEr
     };
     listener.set_nonblocking(true)?;
     Ok(tokio::net::TcpListener::from_std(listener)?)
-}
-
-/// An address to connect to, for one that may stand for all.
-fn reachable(address: SocketAddr) -> SocketAddr {
-    let ip = match address.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-        ip => ip,
-    };
-    SocketAddr::new(ip, address.port())
 }
 
 /// Runs the stack until `shutdown`.

@@ -1,15 +1,11 @@
 //! What a runner is told and what its tasks share.
 
-use std::{
-    net::{IpAddr, Ipv4Addr},
-    path::PathBuf,
-    time::Duration,
-};
+use std::{path::PathBuf, time::Duration};
 
 use sqlx::PgPool;
 use tokio::sync::{Notify, broadcast, watch};
 
-use crate::{artifacts::Artifacts, housekeeping, waiting};
+use crate::{artifacts::Artifacts, housekeeping, internal_addr::InternalAddr, machine, waiting};
 
 #[derive(Clone, Debug)]
 pub struct RunnerConfig {
@@ -25,7 +21,7 @@ pub struct RunnerConfig {
     /// Whether jobs that need a device are taken here.
     pub offer_devices: bool,
     /// Where engines listen.
-    pub internal_addr: IpAddr,
+    pub internal_addr: InternalAddr,
     pub deterministic_decode: bool,
     /// Replicas that nobody has used for so long are unloaded.
     pub idle_seconds: f64,
@@ -51,14 +47,14 @@ impl RunnerConfig {
         RunnerConfig {
             database_url: database_url.into(),
             artifacts: artifacts.into(),
-            name: host(),
+            name: machine::host(),
             lease_seconds: 10.0,
             light_slots: 2,
             offer_devices: true,
-            internal_addr: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            internal_addr: InternalAddr::LOOPBACK,
             deterministic_decode: false,
             idle_seconds: 600.0,
-            replica_memory_bytes: memory_bytes() / 2,
+            replica_memory_bytes: machine::memory_bytes() / 2,
             stall: Duration::from_secs(1800),
             disk_low_bytes: 1 << 30,
             decompression_ratio: 100,
@@ -131,16 +127,4 @@ async fn raised(mut flag: watch::Receiver<bool>) {
         // Nobody is left to raise it.
         std::future::pending::<()>().await;
     }
-}
-
-/// This machine's name.
-pub(crate) fn host() -> String {
-    nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_else(|| "unknown".into())
-}
-
-/// Of this machine.
-fn memory_bytes() -> u64 {
-    // SAFETY: both calls only read a constant of the system.
-    let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
-    u64::try_from(pages).unwrap_or(0).saturating_mul(u64::try_from(size).unwrap_or(0))
 }

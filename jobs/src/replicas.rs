@@ -6,7 +6,7 @@
 //! says that it is alive, is queued again after a pause, until it has died [`DEATHS`] times without
 //! living long in between. A database that is away stops no engine.
 
-use std::{sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use lathe_model::{failure, protocol::FailureCode};
 use serde::Deserialize;
@@ -168,17 +168,8 @@ enum End {
 
 /// One engine from its start to its end.
 async fn serve(context: Arc<Context>, replica: Claimed) {
-    let folder = context.artifacts.path(&replica.artifact);
     let log = context.artifacts.path(&format!("logs/replicas/{}.log", replica.id));
-    let mut arguments = vec!["engine".into(), "--model".into(), folder.display().to_string()];
-    arguments.extend(["--listen".into(), std::net::SocketAddr::new(context.config.internal_addr, 0).to_string()]);
-    if context.config.deterministic_decode {
-        arguments.push("--deterministic-decode".into());
-    }
-    let environment = vec![(SECRET_VARIABLE, replica.secret.clone()), ("MKL_CBWR", "AUTO".into())];
-    let start =
-        Start { program: context.config.program.clone(), arguments, environment, log: log.clone(), bounds: Bounds::default() };
-    let end = match Child::start(start).await {
+    let end = match start(&context, &replica, &log).await {
         Ok(mut engine) => {
             let end = attend(&context, &replica, &mut engine).await;
             if matches!(&end, End::Died(how) if !how.is_empty()) {
@@ -201,6 +192,18 @@ async fn serve(context: Arc<Context>, replica: Claimed) {
         }
         tokio::time::sleep(POLL).await;
     }
+}
+
+async fn start(context: &Context, replica: &Claimed, log: &Path) -> io::Result<Child> {
+    let address = context.config.internal_addr.resolve(&context.db.connect_options()).await?;
+    let mut arguments = vec!["engine".into(), "--model".into(), context.artifacts.path(&replica.artifact).display().to_string()];
+    arguments.extend(["--listen".into(), SocketAddr::new(address, 0).to_string()]);
+    if context.config.deterministic_decode {
+        arguments.push("--deterministic-decode".into());
+    }
+    let environment = vec![(SECRET_VARIABLE, replica.secret.clone()), ("MKL_CBWR", "AUTO".into())];
+    let program = context.config.program.clone();
+    Child::start(Start { program, arguments, environment, log: log.to_owned(), bounds: Bounds::default() }).await
 }
 
 /// Keeps the lease of a running engine until something ends it.

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use tokio::process::{Child, Command};
 
 use super::{DemoError, client::Client};
-use crate::{children, config::ServeArgs};
+use crate::{children, config::ServeArgs, health_check::reachable};
 
 /// A first start makes a database.
 const START_LIMIT: Duration = Duration::from_secs(120);
@@ -136,19 +136,6 @@ fn serve_arguments(arguments: impl Iterator<Item = OsString>) -> Vec<OsString> {
         }
     }
     kept
-}
-
-/// Where a client on this machine finds a server that listens there.
-fn reachable(listen: SocketAddr) -> SocketAddr {
-    let mut address = listen;
-    if listen.ip().is_unspecified() {
-        address.set_ip(if listen.is_ipv4() {
-            std::net::Ipv4Addr::LOCALHOST.into()
-        } else {
-            std::net::Ipv6Addr::LOCALHOST.into()
-        });
-    }
-    address
 }
 
 #[cfg(test)]

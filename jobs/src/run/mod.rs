@@ -30,6 +30,7 @@ use crate::{
     context::Context,
     devices::Device,
     lease::{Claimed, Lease},
+    machine,
     publish::Product,
     spec::Spec,
     waiting,
@@ -103,17 +104,9 @@ fn prepared(task: Task) -> Prepared {
 
 /// A task that reads what users uploaded, in bounds.
 fn hostile(task: Task) -> Prepared {
-    let memory_bytes = (machine_memory_bytes() / 2).clamp(LEAST_MEMORY_BYTES, HOSTILE_MEMORY_BYTES);
+    let memory_bytes = (machine::memory_bytes() / 2).clamp(LEAST_MEMORY_BYTES, HOSTILE_MEMORY_BYTES);
     let bounds = Bounds { memory_bytes: Some(memory_bytes), cpu_seconds: Some(HOSTILE_CPU_SECONDS) };
     Prepared { bounds, wall: Some(HOSTILE_WALL), ..prepared(task) }
-}
-
-/// Memory of this machine; where that is not told, none is assumed.
-fn machine_memory_bytes() -> u64 {
-    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()).and_then(|kib| kib.parse::<u64>().ok());
-    kib.map_or(0, |kib| kib * 1024)
 }
 
 /// An empty folder for this attempt. Those of earlier attempts go, as far as they can: the worker of one

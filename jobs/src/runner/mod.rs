@@ -26,11 +26,11 @@ use tokio::{
 
 use crate::{
     artifacts::{ArtifactError, Artifacts},
-    context::{Context, RunnerConfig, host},
+    context::{Context, RunnerConfig},
     devices::{self, Device},
     housekeeping, ids,
     lease::{self, Claimant},
-    log_filter, reaper, replicas, settle,
+    log_filter, machine, reaper, replicas, settle,
     state::Pool,
     store_id::{self, StoreError},
     waiting::{self, answered},
@@ -186,7 +186,7 @@ async fn register(context: &Context, offered: &[Device], refused: Option<&str>) 
          VALUES ($1, $2, $3, $4, $5, $6, $7, $8, now() + make_interval(secs => $9), $10)",
         context.runner_id,
         config.name,
-        host(),
+        machine::host(),
         i32::try_from(std::process::id()).unwrap_or(0),
         env!("CARGO_PKG_VERSION"),
         serde_json::Value::Array(offered.iter().map(Device::describe).collect()),
