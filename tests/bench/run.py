@@ -12,7 +12,7 @@ import time
 
 from report import ROOT, show
 
-sys.path.insert(0, str(ROOT / ".ci"))
+sys.path[:0] = [str(ROOT / ".ci"), str(ROOT / "tests")]
 
 PARTS = ["queue", "serve", "api", "upload", "ingest", "tokenizer", "train", "decode"]
 

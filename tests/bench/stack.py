@@ -1,21 +1,20 @@
 """`lathe serve` on a folder of its own, and what its processes take."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
+from client import Client
 from report import ROOT
 
 KEY = "sk-lathe-key-of-the-benchmarks-00000000000000000000"
 BINARY = Path(os.environ.get("LATHE_BIN", ROOT / "target/release/lathe"))
 
 
-class Stack:
+class Stack(Client):
     """Ready once made; `ready_seconds` is from the start of the process to its word."""
 
     def __init__(self, folder: Path, environment: dict[str, str] | None = None):
@@ -33,7 +32,7 @@ class Stack:
             self.stop()
             sys.exit(f"the server did not start:\n{self.log.read_text()}")
         self.ready_seconds = time.monotonic() - begun
-        self.url = ready.split()[4]
+        super().__init__(ready.split()[4], KEY)
 
     def __enter__(self):
         return self
@@ -45,21 +44,6 @@ class Stack:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         self.process.wait(timeout=60)
-
-    def call(self, path: str, body=None):
-        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-        data = None if body is None else json.dumps(body).encode()
-        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/v1/{path}", data, headers), timeout=120) as answer:
-            return json.load(answer)
-
-    def ended(self, path: str, states: tuple[str, ...]) -> dict:
-        """What is at `path`, once its state is one of these."""
-        until = time.monotonic() + 300
-        while (found := self.call(path))["state"] not in states:
-            if found["state"] == "failed" or time.monotonic() > until:
-                sys.exit(f"{path} did not end well: {found.get('error')}")
-            time.sleep(0.05)
-        return found
 
     def sql(self, statement: str) -> str:
         """What the embedded database answers."""

@@ -13,13 +13,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
 
-import tools
-
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import tools  # noqa: E402
+from client import Client  # noqa: E402  (tests/client.py)
+from steps import Row, show  # noqa: E402  (tests/steps.py)
+
 ROOT = HERE.parent.parent
 DOCUMENT = ROOT / "openapi/openapi.json"
 SDK = ROOT / "openapi/sdk"
@@ -30,14 +32,6 @@ DRIVE_SECONDS = 600
 
 # More than a drive sends, and few enough to spend in a moment.
 REQUESTS_PER_MINUTE = 600
-
-
-@dataclass
-class Row:
-    client: str
-    step: str
-    outcome: str
-    failed: bool = False
 
 
 def did(client: str, step: str, command: list, outcome: str, **options) -> Row:
@@ -82,7 +76,7 @@ def generate() -> list[Row]:
     ]
 
 
-class Server:
+class Server(Client):
     """`lathe serve` on a folder of its own, which goes with it."""
 
     def __enter__(self):
@@ -103,7 +97,7 @@ class Server:
             self.say_log()
             self.__exit__()
             sys.exit("the server did not start")
-        self.url = ready.split()[4]
+        super().__init__(ready.split()[4], KEY)
         return self
 
     def __exit__(self, *_):
@@ -114,12 +108,6 @@ class Server:
     def say_log(self) -> None:
         lines = [line for line in self.log.read_text().splitlines() if "INFO" not in line]
         print("\n".join(["the server's log:", *lines[-100:]]), file=sys.stderr, flush=True)
-
-    def call(self, path: str, body=None):
-        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-        data = None if body is None else json.dumps(body).encode()
-        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/v1/{path}", data, headers), timeout=60) as answer:
-            return json.load(answer)
 
     def base_model(self) -> str:
         """A pretrained model, which the `openai` SDKs cannot make, for them to tune."""
@@ -170,18 +158,6 @@ def drive_all() -> list[Row]:
     return rows
 
 
-def show(rows: list[Row]) -> int:
-    """Prints the table and the verdict; gives the exit status."""
-    heads = ("client", "step", "outcome")
-    cells = [(row.client, row.step, f"FAILED: {row.outcome}" if row.failed else row.outcome) for row in rows]
-    widths = [max(map(len, column)) for column in zip(heads, *cells)]
-    for line in (heads, *cells):
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-    failed = sum(row.failed for row in rows)
-    print(f"{len(rows)} steps, {failed} failed" if failed else f"all {len(rows)} steps passed")
-    return 1 if failed else 0
-
-
 def main() -> int:
     only_generate = sys.argv[1:] == ["generate"]
     if sys.argv[1:] and not only_generate:
@@ -190,7 +166,7 @@ def main() -> int:
     rows = generate()
     if not only_generate and not any(row.failed for row in rows):
         rows += drive_all()
-    return show(rows)
+    return show("client", rows)
 
 
 if __name__ == "__main__":
