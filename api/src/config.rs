@@ -18,6 +18,9 @@ pub const LISTEN_FD: &str = "LATHE_LISTEN_FD";
 /// Where the API is served unless told otherwise.
 const LISTEN: &str = "127.0.0.1:8080";
 
+/// The standard name, so that what sets it for a whole machine reaches Lathe too. Engines are told by it as well.
+const OTLP_ENDPOINT: &str = lathe_jobs::replicas::OTLP_ENDPOINT;
+
 #[derive(Debug, Parser)]
 #[command(name = "lathe", version, about = "A corpus becomes a language model that answers over HTTP.", max_term_width = 100)]
 pub struct Cli {
@@ -35,12 +38,37 @@ pub struct LogOptions {
     /// What is logged, by module: `info`, `lathe_jobs=debug`, …
     #[arg(long, global = true, env = "LATHE_LOG", default_value = "info,sqlx=warn", value_name = "FILTER")]
     pub log: String,
+    /// A collector of OpenTelemetry, `http://localhost:4318`, that traces are sent to; without it, there are none.
+    #[arg(long, global = true, env = OTLP_ENDPOINT, value_parser = otlp_endpoint, value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
 }
 
 impl LogOptions {
     /// The twins that say the same to a child.
     pub fn environment(&self) -> Vec<(&'static str, String)> {
-        vec![("LATHE_LOG_FORMAT", self.log_format.as_str().to_owned()), ("LATHE_LOG", self.log.clone())]
+        vec![
+            ("LATHE_LOG_FORMAT", self.log_format.as_str().to_owned()),
+            ("LATHE_LOG", self.log.clone()),
+            (OTLP_ENDPOINT, self.otlp_endpoint.clone().unwrap_or_default()),
+        ]
+    }
+
+    /// Where traces go, if anywhere.
+    pub fn collector(&self) -> Option<&str> {
+        self.otlp_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty())
+    }
+}
+
+/// An address that the requests' paths are added to. An empty one is none, as OpenTelemetry has it.
+fn otlp_endpoint(text: &str) -> Result<String, String> {
+    let address = text.trim_end_matches('/');
+    match address.parse::<axum::http::Uri>() {
+        _ if address.is_empty() => Ok(String::new()),
+        Ok(uri) if uri.scheme_str() == Some("http") && uri.host().is_some() && uri.query().is_none() => Ok(address.to_owned()),
+        Ok(uri) if uri.scheme_str() == Some("https") => {
+            Err("traces go over plain HTTP: name a collector that is near, which sends them on with TLS".to_owned())
+        }
+        _ => Err("an address is wanted like http://localhost:4318".to_owned()),
     }
 }
 
@@ -392,11 +420,15 @@ mod tests {
             "--requests-per-minute",
             "60",
             "--deterministic-decode",
+            "--otlp-endpoint",
+            "http://collector:4318/",
         ]);
-        let Command::Serve(args) = cli.expect("the flags are known").command else { panic!("another command") };
+        let cli = cli.expect("the flags are known");
+        let Command::Serve(args) = cli.command else { panic!("another command") };
         for (group, passed) in [
             (ApiOptions::augment_args(clap::Command::new("api")), args.api.environment()),
             (RunnerOptions::augment_args(clap::Command::new("runner")), args.runner.environment()),
+            (LogOptions::augment_args(clap::Command::new("log")), cli.log.environment()),
         ] {
             for twin in
                 group.get_arguments().filter_map(|argument| argument.get_env()?.to_str()).filter(|twin| *twin != LISTEN_FD)
@@ -404,6 +436,17 @@ mod tests {
                 assert!(passed.iter().any(|(name, _)| *name == twin), "{twin} is not passed on");
             }
         }
+        assert!(cli.log.environment().contains(&(OTLP_ENDPOINT, "http://collector:4318".to_owned())));
         assert!(args.api.environment().contains(&("LATHE_CORS_ORIGIN", "http://a,http://b".to_owned())));
+    }
+
+    #[test]
+    fn traces_go_to_a_collector_over_http() {
+        for (text, wanted) in [("http://c:4318/", Ok("http://c:4318")), ("http://c/otlp", Ok("http://c/otlp")), ("", Ok(""))] {
+            assert_eq!(otlp_endpoint(text), wanted.map(str::to_owned));
+        }
+        for wrong in ["https://c:4318", "c:4318", "c", "grpc://c:4317", "http://c?x=1"] {
+            assert!(otlp_endpoint(wrong).is_err(), "{wrong}");
+        }
     }
 }

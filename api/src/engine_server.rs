@@ -19,11 +19,12 @@ use axum::{
     Json, Router,
     body::{Body, Bytes},
     extract::{DefaultBodyLimit, Request, State},
-    http::{StatusCode, header},
+    http::{HeaderMap, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use lathe_jobs::trace::{KeyValue, Span, SpanKind};
 use lathe_model::{
     engine::{
         Engine, EngineConfig, EngineHandle, Event, Finish, Generation, Load, Refusal, Sampled, StartError, SubmitError, Ticket,
@@ -37,6 +38,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::EngineArgs,
     generation::wire::{EngineEvent, FinishReason, GenerateRequest, KEEP_ALIVE, TokenLogprob},
+    request_trace,
 };
 
 /// Environment variable with the bearer secret.
@@ -147,12 +149,18 @@ async fn load(State(state): State<EngineState>) -> Json<Load> {
     Json(state.handle.load())
 }
 
-async fn generate(State(state): State<EngineState>, body: Bytes) -> Response {
+async fn generate(State(state): State<EngineState>, headers: HeaderMap, body: Bytes) -> Response {
+    let traced = Traced::begin(&headers);
+    let refused = |status: StatusCode, why: String| {
+        request_trace::answered(&traced.span, status);
+        (status, why).into_response()
+    };
     let request: GenerateRequest = match serde_json::from_slice(&body) {
         Ok(request) => request,
-        Err(error) => return (StatusCode::BAD_REQUEST, error.to_string()).into_response(),
+        Err(error) => return refused(StatusCode::BAD_REQUEST, error.to_string()),
     };
     let first = request.prompt.first().copied();
+    traced.span.set("gen_ai.usage.input_tokens", i64::try_from(request.prompt.len()).unwrap_or(i64::MAX));
     let (sender, receiver) = mpsc::unbounded_channel::<Event>();
     let generation = Generation {
         prompt_logprobs: request.prompt_logprobs.then(|| usize::try_from(request.sampling.logprobs.unwrap_or(0)).unwrap_or(0)),
@@ -161,10 +169,54 @@ async fn generate(State(state): State<EngineState>, body: Bytes) -> Response {
         stop_tokens: request.stop_tokens,
     };
     match state.handle.submit(generation, Box::new(move |event| sender.send(event).is_ok())) {
-        Ok(ticket) => stream(Sequence { receiver, first, _ticket: ticket }),
-        Err(SubmitError::Refused(Refusal::QueueFull { .. })) => StatusCode::TOO_MANY_REQUESTS.into_response(),
-        Err(SubmitError::Stopped) => StatusCode::SERVICE_UNAVAILABLE.into_response(),
-        Err(error) => (StatusCode::BAD_REQUEST, error.to_string()).into_response(),
+        Ok(ticket) => {
+            request_trace::answered(&traced.span, StatusCode::OK);
+            stream(Sequence { receiver, first, traced, _ticket: ticket })
+        }
+        Err(SubmitError::Refused(Refusal::QueueFull { .. })) => refused(StatusCode::TOO_MANY_REQUESTS, String::new()),
+        Err(SubmitError::Stopped) => refused(StatusCode::SERVICE_UNAVAILABLE, String::new()),
+        Err(error) => refused(StatusCode::BAD_REQUEST, error.to_string()),
+    }
+}
+
+/// A sequence's span, until its answer is dropped.
+struct Traced {
+    span: Span,
+    /// That were generated.
+    tokens: i64,
+}
+
+impl Traced {
+    fn begin(headers: &HeaderMap) -> Traced {
+        let span = Span::begin(SpanKind::Server, "POST /generate", &request_trace::parent(headers), || {
+            vec![
+                KeyValue::new("http.request.method", "POST"),
+                KeyValue::new("http.route", "/generate"),
+                KeyValue::new("gen_ai.operation.name", "text_completion"),
+            ]
+        });
+        Traced { span, tokens: 0 }
+    }
+
+    fn hear(&mut self, events: &[Event]) {
+        for event in events {
+            match event {
+                Event::Token(_) => {
+                    if self.tokens == 0 {
+                        self.span.mark("first token");
+                    }
+                    self.tokens += 1;
+                }
+                Event::Finished { reason: Finish::Error, .. } => self.span.fail("engine_failed"),
+                Event::Prompt(_) | Event::Finished { .. } => {}
+            }
+        }
+    }
+}
+
+impl Drop for Traced {
+    fn drop(&mut self) {
+        self.span.set("gen_ai.usage.output_tokens", self.tokens);
     }
 }
 
@@ -174,6 +226,7 @@ struct Sequence {
     receiver: mpsc::UnboundedReceiver<Event>,
     /// The prompt's first token, which no score stands for.
     first: Option<u32>,
+    traced: Traced,
     _ticket: Ticket,
 }
 
@@ -183,7 +236,10 @@ fn stream(sequence: Sequence) -> Response {
         // Whatever has gathered since the last write goes out in one.
         let lines = match tokio::time::timeout(KEEP_ALIVE, sequence.receiver.recv_many(&mut events, 64)).await {
             Ok(0) => return None,
-            Ok(_) => lines(events, sequence.first),
+            Ok(_) => {
+                sequence.traced.hear(&events);
+                lines(events, sequence.first)
+            }
             // Waiting for its turn: an empty line says that the engine lives.
             Err(_) => "\n".to_owned(),
         };

@@ -24,7 +24,10 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
-use lathe_jobs::waiting::{answered, patient};
+use lathe_jobs::{
+    trace::FutureExt,
+    waiting::{answered, patient},
+};
 use serde::Serialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -180,14 +183,14 @@ pub async fn replay(State(state): State<AppState>, request: Request, next: Next)
     };
     let reserved = Arc::new(Reserved { identity, since, line, fingerprint });
     request.extensions_mut().insert(Creation(Some(reserved.clone())));
-    let answering = tokio::spawn(async move {
+    let answering = async move {
         let answer = tokio::select! {
             answer = next.run(request) => answer,
             never = stay_reserved(&state.db, &reserved) => match never {},
         };
         answered(keep_refusal(&state.db, reserved, answer)).await
-    });
-    patient(answering).await.map_err(ApiError::internal)?
+    };
+    patient(tokio::spawn(answering.with_current_context())).await.map_err(ApiError::internal)?
 }
 
 fn hash(line: &str, body: &[u8]) -> String {

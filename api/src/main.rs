@@ -9,7 +9,7 @@ use clap::Parser;
 use lathe_api::{
     auth,
     config::{ApiArgs, Cli, Command, DatabaseArgs, KeyCommand, LogOptions},
-    demo, engine_server, health_check, keys, logging, migrate, openapi, server,
+    demo, engine_server, health_check, keys, logging, migrate, openapi, otlp, server,
     state::{self, AppState},
     supervisor::{self, Database, ServeError},
 };
@@ -23,9 +23,28 @@ fn main() -> ExitCode {
     if let Err(sentence) = logging::install(&cli.log) {
         return failed(sentence);
     }
-    match run(cli.command, &cli.log) {
+    let traces = match traced_part(&cli.command).map_or(Ok(None), |part| otlp::install(cli.log.collector(), part).map(Some)) {
+        Ok(traces) => traces,
+        Err(sentence) => return failed(sentence),
+    };
+    let ended = run(cli.command, &cli.log);
+    // Whatever was running has ended with its runtime.
+    if let Some(traces) = traces {
+        traces.flush();
+    }
+    match ended {
         Ok(status) => status,
         Err(error) => failed(error),
+    }
+}
+
+/// The name in traces of a process that has spans of its own.
+fn traced_part(command: &Command) -> Option<&'static str> {
+    match command {
+        Command::Api(_) => Some("api"),
+        Command::Runner(_) => Some("runner"),
+        Command::Engine(_) => Some("engine"),
+        _ => None,
     }
 }
 
@@ -49,7 +68,8 @@ fn run(command: Command, log: &LogOptions) -> Result<ExitCode, Box<dyn Error + S
             Command::Serve(args) => Ok(supervisor::serve(&args, log, stopped()?).await?),
             Command::Api(args) => run_api(*args).await,
             Command::Runner(args) => {
-                let config = args.options.config(required(&args.database)?, &args.store, &args.database);
+                let mut config = args.options.config(required(&args.database)?, &args.store, &args.database);
+                config.otlp_endpoint = log.collector().map(str::to_owned);
                 Ok(runner::run(config, stopped()?).await?)
             }
             Command::Engine(args) => Ok(engine_server::run(args, stopped()?).await?),

@@ -31,7 +31,7 @@ use tower_http::{
     cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer},
     timeout::RequestBodyTimeoutLayer,
 };
-use tracing::Instrument;
+use tracing::{Instrument, field::Empty};
 use utoipa_swagger_ui::SwaggerUi;
 
 use crate::{
@@ -40,7 +40,7 @@ use crate::{
     lingering::Lingering,
     openapi,
     problem::{ApiError, SHOULD_RETRY},
-    rate_limit, routes,
+    rate_limit, request_trace, routes,
     state::AppState,
 };
 
@@ -107,15 +107,22 @@ fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
     ApiError::internal(format!("a handler panicked: {}", said.unwrap_or_default())).into_response()
 }
 
-/// Gives the request its id, counts it and logs how it ended.
+/// Gives the request its id, counts it, logs how it ended and traces it until its answer is sent.
 async fn record(State(state): State<AppState>, request: Request, next: Next) -> Response {
     let id = ids::new("req");
     let method = request.method().clone();
-    let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
-    let span = tracing::info_span!("request", request.id = %id, http.method = %method, http.route = %route);
+    let matched = request.extensions().get::<MatchedPath>().cloned();
+    let route = matched.as_ref().map(MatchedPath::as_str);
+    let traced = request_trace::begin(request.headers(), &method, request.uri(), route, &id);
+    let route = route.unwrap_or("unmatched");
+    let span = tracing::info_span!("request", request.id = %id, http.method = %method, http.route = %route, trace_id = Empty);
+    if let Some(id) = traced.trace_id() {
+        span.record("trace_id", id);
+    }
     let began = Instant::now();
-    let mut response = next.run(request).instrument(span.clone()).await;
-    state.requests.add(&method, &route, response.status());
+    let mut response = traced.within(next.run(request)).instrument(span.clone()).await;
+    state.requests.add(&method, route, response.status());
+    request_trace::answered(&traced, response.status());
     span.in_scope(|| {
         tracing::info!(
             http.status = response.status().as_u16(),
@@ -126,7 +133,7 @@ async fn record(State(state): State<AppState>, request: Request, next: Next) -> 
     if let Ok(id) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, id);
     }
-    response
+    request_trace::until_sent(traced, response)
 }
 
 /// Serves until `state.shutdown` is cancelled, then lets open requests end for as long as the

@@ -6,6 +6,7 @@
 //! starts all of them.
 
 use std::{
+    borrow::Cow,
     ffi::OsString,
     fs::{self, File},
     io,
@@ -73,7 +74,7 @@ pub struct Start {
     pub program: PathBuf,
     pub arguments: Vec<String>,
     /// Added to what is inherited.
-    pub environment: Vec<(&'static str, String)>,
+    pub environment: Vec<(Cow<'static, str>, String)>,
     /// Standard error is appended here.
     pub log: PathBuf,
     pub bounds: Bounds,
@@ -181,7 +182,7 @@ fn spawn(start: Start) -> io::Result<Child> {
     let mut command = Command::new(&start.program);
     command.args(&start.arguments).stdin(Stdio::piped()).stdout(log.try_clone()?).stderr(log).env_clear().process_group(0);
     command.envs(inherited());
-    command.envs(start.environment.iter().map(|(name, value)| (*name, value.as_str())));
+    command.envs(start.environment.iter().map(|(name, value)| (&**name, value.as_str())));
     let (parent, bounds) = (std::process::id(), start.bounds);
     // SAFETY: between fork and exec the closure makes system calls only: no allocation, no lock.
     unsafe {

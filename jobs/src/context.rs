@@ -35,6 +35,8 @@ pub struct RunnerConfig {
     pub decompression_ratio: u64,
     /// Entries of the audit log are kept for so many days.
     pub audit_days: u16,
+    /// The collector that engines send their traces to.
+    pub otlp_endpoint: Option<String>,
     /// Told what to log from now on; none: what the process was started with.
     pub log: fn(Option<&str>),
     /// The binary whose `worker` and `engine` are started.
@@ -59,6 +61,7 @@ impl RunnerConfig {
             disk_low_bytes: 1 << 30,
             decompression_ratio: 100,
             audit_days: 365,
+            otlp_endpoint: None,
             log: |_| {},
             program: std::env::current_exe().unwrap_or_else(|_| "lathe".into()),
         }

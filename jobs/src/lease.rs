@@ -57,6 +57,8 @@ pub struct Claimed {
     pub tokenizer_id: Option<String>,
     pub base_model_id: Option<String>,
     pub model_id: Option<String>,
+    /// The context of the request that made the job ([`crate::trace::read`]).
+    pub traceparent: Option<String>,
 }
 
 /// How often another runner may be quicker before a claim is left to the next look.
@@ -73,7 +75,7 @@ macro_rules! claim_next {
                        phase = 'preparing', next_event = next_event + 1
                    FROM next WHERE jobs.id = next.id AND state = 'queued'
                    RETURNING jobs.id, attempt, next_event - 1 AS event, kind, spec, dataset_id, validation_dataset_id, tokenizer_id,
-                       base_model_id, model_id
+                       base_model_id, model_id, traceparent
                ), attempts AS (
                    INSERT INTO job_attempts (job_id, n, runner_id, lease_token, expires_at)
                    SELECT id, attempt, $3, $4, now() + make_interval(secs => $5) FROM claimed
@@ -91,7 +93,7 @@ macro_rules! claim_next {
                    SELECT id, event, 'info', 'job.started', format('Attempt %s has begun.', attempt),
                        jsonb_build_object('attempt', attempt, 'runner', $3::text) FROM claimed
                )
-               SELECT id, attempt, kind AS "kind: Kind", spec, dataset_id, validation_dataset_id, tokenizer_id, base_model_id, model_id,
+               SELECT id, attempt, kind AS "kind: Kind", spec, dataset_id, validation_dataset_id, tokenizer_id, base_model_id, model_id, traceparent,
                    pg_notify('lathe_events', id) AS told
                FROM claimed"#,
             claimant.pool.as_str(),
@@ -113,6 +115,7 @@ macro_rules! claim_next {
             tokenizer_id: row.tokenizer_id,
             base_model_id: row.base_model_id,
             model_id: row.model_id,
+            traceparent: row.traceparent,
         })
     }};
 }

@@ -44,4 +44,5 @@ pub mod settle;
 pub mod spec;
 pub mod state;
 pub mod store_id;
+pub mod trace;
 pub mod waiting;

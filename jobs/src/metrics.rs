@@ -223,7 +223,7 @@ pub async fn resolved(conn: &mut PgConnection, lease: &Lease, found: &JobSpec) -
     Ok(())
 }
 
-fn phase_name(phase: Phase) -> &'static str {
+pub(crate) fn phase_name(phase: Phase) -> &'static str {
     match phase {
         Phase::Preparing => "preparing",
         Phase::Training => "training",

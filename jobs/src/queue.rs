@@ -9,7 +9,12 @@ use lathe_model::protocol::Level;
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 
-use crate::{events, quota, replicas, settle, spec::Spec, state::JobState};
+use crate::{
+    events, quota, replicas, settle,
+    spec::Spec,
+    state::JobState,
+    trace::{self, Context, KeyValue, Span, SpanKind},
+};
 
 /// A job to enqueue. Ids of resources are lineage; the rows themselves are the caller's.
 #[derive(Clone, Debug)]
@@ -69,10 +74,19 @@ pub async fn enqueue(conn: &mut PgConnection, job: NewJob) -> Result<JobState, Q
         false => JobState::Blocked,
     };
     let kind = job.spec.kind();
+    let span = Span::begin(SpanKind::Producer, format!("enqueue {kind}"), &Context::current(), || {
+        vec![
+            KeyValue::new("messaging.system", "lathe"),
+            KeyValue::new("messaging.operation.type", "send"),
+            KeyValue::new("messaging.operation.name", "enqueue"),
+            KeyValue::new("messaging.destination.name", kind.as_str()),
+            KeyValue::new("messaging.message.id", job.id.clone()),
+        ]
+    });
     sqlx::query!(
         "INSERT INTO jobs (id, project_id, kind, name, state, pool, devices, priority, spec, request, metadata, dataset_id,
-                           validation_dataset_id, tokenizer_id, base_model_id, model_id, max_attempts, limited, queued_at)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18,
+                           validation_dataset_id, tokenizer_id, base_model_id, model_id, max_attempts, limited, traceparent, queued_at)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19,
                  CASE WHEN $5 = 'queued' THEN now() END)",
         job.id,
         job.project_id,
@@ -92,6 +106,7 @@ pub async fn enqueue(conn: &mut PgConnection, job: NewJob) -> Result<JobState, Q
         job.model_id,
         job.max_attempts,
         limited,
+        trace::written(&span.context()),
     )
     .execute(&mut *tx)
     .await?;

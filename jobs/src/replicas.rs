@@ -6,7 +6,7 @@
 //! says that it is alive, is queued again after a pause, until it has died [`DEATHS`] times without
 //! living long in between. A database that is away stops no engine.
 
-use std::{io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{borrow::Cow, ffi::OsString, io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use lathe_model::{failure, protocol::FailureCode};
 use serde::Deserialize;
@@ -26,6 +26,9 @@ pub const CHANNEL: &str = "lathe_replicas";
 
 /// The environment variable with the engine's bearer token.
 const SECRET_VARIABLE: &str = "LATHE_ENGINE_SECRET";
+
+/// The environment variable with the address that traces are sent to.
+pub const OTLP_ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 
 const POLL: Duration = Duration::from_secs(1);
 /// How long an engine may take to load its model.
@@ -201,9 +204,23 @@ async fn start(context: &Context, replica: &Claimed, log: &Path) -> io::Result<C
     if context.config.deterministic_decode {
         arguments.push("--deterministic-decode".into());
     }
-    let environment = vec![(SECRET_VARIABLE, replica.secret.clone()), ("MKL_CBWR", "AUTO".into())];
+    let environment = environment(context.config.otlp_endpoint.as_deref(), &replica.secret);
     let program = context.config.program.clone();
     Child::start(Start { program, arguments, environment, log: log.to_owned(), bounds: Bounds::default() }).await
+}
+
+/// What an engine knows besides what every child does: its secret, and what OpenTelemetry's variables say of where
+/// its traces go, which may hold a secret too.
+fn environment(otlp_endpoint: Option<&str>, secret: &str) -> Vec<(Cow<'static, str>, String)> {
+    let mut variables = vec![(SECRET_VARIABLE.into(), secret.to_owned()), ("MKL_CBWR".into(), "AUTO".into())];
+    if let Some(endpoint) = otlp_endpoint {
+        let of_traces = |name: &OsString| name.to_string_lossy().starts_with("OTEL_");
+        let inherited = std::env::vars_os().filter(|(name, _)| of_traces(name));
+        variables
+            .extend(inherited.filter_map(|(name, value)| Some((name.into_string().ok()?.into(), value.into_string().ok()?))));
+        variables.push((OTLP_ENDPOINT.into(), endpoint.to_owned()));
+    }
+    variables
 }
 
 /// Keeps the lease of a running engine until something ends it.

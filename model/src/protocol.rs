@@ -147,6 +147,9 @@ pub enum Report {
         loss: Option<f64>,
         validation_loss: Option<f64>,
         best: bool,
+        /// Wall time that saving took.
+        #[serde(default)]
+        seconds: f64,
     },
     /// Heartbeat of the training loop itself: the last finished step, and the wall time of one in this
     /// process, evaluations and checkpoints included.

@@ -26,5 +26,6 @@ mod openai_sdk;
 mod processes;
 mod quotas;
 mod refusals;
+mod traces;
 mod training;
 mod worker;

@@ -20,7 +20,7 @@ pub async fn ingredients(app: &TestApp) -> (Value, Value) {
     (dataset, app.post_json("/v1/tokenizers", &tokenizer).await.ok()["id"].clone())
 }
 
-fn pretraining((dataset, tokenizer): &(Value, Value), steps: u64) -> Value {
+pub fn pretraining((dataset, tokenizer): &(Value, Value), steps: u64) -> Value {
     json!({"method": {"type": "pretrain", "objective": "causal_lm"},
            "model": {"architecture": "gpt", "layers": 1, "heads": 2, "width": 32, "context": 32},
            "dataset": dataset, "tokenizer": tokenizer, "validation": {"fraction": 0.1},

@@ -111,7 +111,7 @@ impl Builder {
     }
 
     /// A variable in the stack's environment.
-    pub(crate) fn variable(mut self, name: &str, value: &str) -> Self {
+    pub fn variable(mut self, name: &str, value: &str) -> Self {
         self.variables.push((name.to_owned(), value.to_owned()));
         self
     }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt, TryStreamExt};
+use lathe_jobs::trace;
 use tokio::{io::AsyncBufReadExt, time::timeout};
 use tokio_util::io::StreamReader;
 
@@ -32,8 +33,11 @@ pub async fn generate(
     endpoint: &Endpoint,
     request: &GenerateRequest,
 ) -> Result<impl Stream<Item = EngineEvent> + Send + 'static, NotStarted> {
-    let sent = http.post(format!("http://{}/generate", endpoint.address)).bearer_auth(&endpoint.secret).json(request).send();
-    let response = match timeout(FIRST_WORD, sent).await {
+    let mut asked = http.post(format!("http://{}/generate", endpoint.address)).bearer_auth(&endpoint.secret).json(request);
+    for (name, value) in trace::carried(&trace::Context::current()) {
+        asked = asked.header(name, value);
+    }
+    let response = match timeout(FIRST_WORD, asked.send()).await {
         Ok(Ok(response)) => response,
         Ok(Err(error)) => return Err(NotStarted::Gone(error.to_string())),
         Err(_) => return Err(NotStarted::Gone("it does not answer".into())),

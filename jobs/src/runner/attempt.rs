@@ -7,7 +7,7 @@ use std::sync::{
 
 use tokio::sync::watch;
 
-use super::outbox::Outbox;
+use super::{outbox::Outbox, spans::AttemptTrace};
 use crate::{context::Context, lease::Lease};
 
 /// What is asked of the worker.
@@ -24,6 +24,7 @@ pub struct Attempt {
     pub context: Arc<Context>,
     pub lease: Lease,
     pub outbox: Outbox,
+    pub trace: AttemptTrace,
     pub control: watch::Sender<Control>,
     pub step: AtomicI64,
     /// How many checkpoints the job keeps, once that is known.

@@ -15,6 +15,7 @@ use tokio::{sync::watch, time::Instant};
 use super::{
     attempt::{Attempt, Control},
     outbox::Write,
+    spans::WorkerSpans,
 };
 use crate::{
     checkpoints,
@@ -84,7 +85,16 @@ pub async fn converse(
     }
     let deadline = prepared.wall.map(|wall| Instant::now() + wall);
     let pulse = Pulse::new(attempt.context.config.stall);
-    let mut talk = Talk { told: None, deadline, overdue: false, stalled: None, disk_low: false, last: None, pulse };
+    let mut talk = Talk {
+        told: None,
+        deadline,
+        overdue: false,
+        stalled: None,
+        disk_low: false,
+        last: None,
+        pulse,
+        spans: WorkerSpans::begin(),
+    };
     // Others would begin anew, so they are left to end.
     let saves = matches!(prepared.worker.task, Task::Train(_));
     let mut line = Vec::new();
@@ -140,6 +150,7 @@ pub async fn converse(
             child.wait().await
         }
     };
+    talk.spans.end(&attempt.trace);
     Some(talk.ending(attempt, status, log))
 }
 
@@ -162,6 +173,7 @@ struct Talk {
     disk_low: bool,
     pulse: Pulse,
     last: Option<Result<TaskResult, Failure>>,
+    spans: WorkerSpans,
 }
 
 impl Talk {
@@ -187,6 +199,7 @@ impl Talk {
         };
         let outbox = &attempt.outbox;
         self.pulse.heard(!matches!(report, Report::Alive { progress: false }));
+        self.spans.hear(&attempt.trace, &report);
         match report {
             Report::Alive { .. } => {}
             Report::Started { numerics, numerics_changed } => {
@@ -214,7 +227,7 @@ impl Talk {
             Report::Event { level, code, message, data } => {
                 outbox.gather(true, |batch| batch.events.push(Event::new(level, &code, &message, data)));
             }
-            Report::Checkpoint { step, folder, loss, validation_loss, best } => {
+            Report::Checkpoint { step, folder, loss, validation_loss, best, .. } => {
                 let step = i64::try_from(step).unwrap_or(i64::MAX);
                 outbox.push(Write::Checkpoint(checkpoints::Staged { step, folder, loss, validation_loss, best }));
             }

@@ -5,12 +5,14 @@
 //! waits for the database. Whichever finds the lease lost says so, and the worker is killed.
 
 use std::{
+    borrow::Cow,
     fs,
     path::Path,
     sync::{
         Arc,
         atomic::{AtomicI64, Ordering},
     },
+    time::SystemTime,
 };
 
 use lathe_model::{
@@ -25,6 +27,7 @@ use super::{
     conversation::converse,
     lease_keeper::{self, RETRY, is_permanent},
     outbox::Outbox,
+    spans::AttemptTrace,
 };
 use crate::{
     artifacts,
@@ -45,6 +48,7 @@ pub async fn run(context: Arc<Context>, claimed: Claimed, device: Device) {
     tracing::info!(job.id = lease.job_id, job.attempt = lease.attempt, job.kind = %claimed.kind, "claimed a job");
     let attempt = Arc::new(Attempt {
         outbox: Outbox::new(&staging),
+        trace: AttemptTrace::begin(&claimed),
         control: watch::Sender::new(Control::Run),
         step: AtomicI64::new(0),
         keep_checkpoints: AtomicI64::new(i64::MAX),
@@ -68,6 +72,7 @@ pub async fn run(context: Arc<Context>, claimed: Claimed, device: Device) {
             writing.abort();
         }
     }
+    attempt.trace.end();
     beating.abort();
     let _ = waiting::blocking(move || fs::remove_dir_all(staging)).await;
 }
@@ -106,6 +111,7 @@ async fn end(attempt: &Attempt, mut ending: Ending) {
         };
         match finished {
             Ok(state) => {
+                attempt.trace.settled(state, &ending);
                 return tracing::info!(job.id = lease.job_id, job.attempt = lease.attempt, job.state = %state, "ended an attempt");
             }
             Err(LeaseError::Lost) => {
@@ -142,6 +148,7 @@ fn publishing_failed(error: &artifacts::ArtifactError) -> Failure {
 /// Prepares the task and sees its worker through; `None`: the lease is lost.
 async fn work(attempt: &Attempt, claimed: &Claimed, device: &Device, staging: &Path) -> Option<Ending> {
     let mut control = attempt.control.subscribe();
+    let begun = SystemTime::now();
     let prepared = tokio::select! {
         prepared = prepare(attempt, claimed, device, staging) => prepared,
         () = lost(&mut control) => return None,
@@ -151,6 +158,7 @@ async fn work(attempt: &Attempt, claimed: &Claimed, device: &Device, staging: &P
         Ok(prepared) => prepared,
         Err(failure) => return Some(Ending::Failed(failure)),
     };
+    attempt.trace.prepared(begun);
     attempt.keep_checkpoints.store(prepared.keep_checkpoints, Ordering::Relaxed);
     if let Some(step) = prepared.resumed_step {
         let message = format!("Goes on from the checkpoint of step {step}.");
@@ -205,8 +213,8 @@ async fn prepare(attempt: &Attempt, claimed: &Claimed, device: &Device, staging:
 /// What bits depend on is set before the child's first tensor. Threads that wait for one another sleep
 /// after some microseconds: where other programs need the cores too, waiting on one that is not
 /// scheduled would cost a step many times its work.
-fn environment(threads: usize) -> Vec<(&'static str, String)> {
-    vec![
+fn environment(threads: usize) -> Vec<(Cow<'static, str>, String)> {
+    let variables = [
         ("CUBLAS_WORKSPACE_CONFIG", ":4096:8".into()),
         ("MKL_CBWR", "AUTO".into()),
         ("OMP_NUM_THREADS", threads.to_string()),
@@ -214,5 +222,6 @@ fn environment(threads: usize) -> Vec<(&'static str, String)> {
         ("MKL_NUM_THREADS", threads.to_string()),
         ("RAYON_NUM_THREADS", threads.to_string()),
         ("TOKENIZERS_PARALLELISM", "true".into()),
-    ]
+    ];
+    variables.map(|(name, value)| (name.into(), value)).into()
 }

@@ -5,7 +5,7 @@
 use std::{
     io,
     sync::{Arc, atomic::Ordering},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use lathe_model::protocol::Level;
@@ -112,7 +112,9 @@ async fn write_one(attempt: &Attempt, write: &Write) -> Result<(), LeaseError> {
         Write::Started(numerics) => metrics::started(&mut conn, lease, numerics).await,
         Write::Resolved(spec) => metrics::resolved(&mut conn, lease, spec).await,
         Write::Checkpoint(staged) => {
+            let begun = SystemTime::now();
             let id = checkpoints::register(&mut conn, artifacts, lease, staged).await?;
+            attempt.trace.published(staged.step, begun);
             let data =
                 json!({ "checkpoint": id, "step": staged.step, "validation_loss": staged.validation_loss, "best": staged.best });
             attempt.outbox.gather(true, |batch| {

@@ -11,6 +11,7 @@ mod conversation;
 mod execute;
 mod lease_keeper;
 mod outbox;
+mod spans;
 
 use std::{
     pin::Pin,

@@ -268,10 +268,12 @@ impl Run {
         }
         self.observe(0, None, report)?;
         // The low mark is kept free for this: what has been trained is saved as long as it fits.
+        let begun = Instant::now();
         let folder = self.write(&self.state.step.to_string(), 0)?;
+        let seconds = begun.elapsed().as_secs_f64();
         self.saved = (self.state.step, Instant::now());
         let (loss, validation_loss) = (self.state.loss.map(f64::from), self.state.validation_loss.map(f64::from));
-        report.send(Report::Checkpoint { step: self.state.step, folder, loss, validation_loss, best });
+        report.send(Report::Checkpoint { step: self.state.step, folder, loss, validation_loss, best, seconds });
         Ok(())
     }
 
