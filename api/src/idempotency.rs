@@ -321,8 +321,9 @@ async fn keep_refusal(db: &PgPool, reserved: Arc<Reserved>, answer: Response) ->
     let kept = response.zip(reserved.body_sha256());
     let kept = kept.map(|(response, body_sha256)| Kept { status: parts.status, response, body_sha256 });
     let done = match &kept {
-        Some(kept) => store(db, &reserved, kept).await.map(drop),
-        None => free(db, &reserved).await,
+        // The database keeps no U+0000, which the name of a refused field may hold. Refused anew is as good.
+        Some(kept) if parse::find_nul(&kept.response, String::new()).is_none() => store(db, &reserved, kept).await.map(drop),
+        _ => free(db, &reserved).await,
     };
     if let Err(error) = done {
         // The reservation runs out by itself.

@@ -15,6 +15,9 @@ pub const PUBLIC_TAG: &str = "health";
 /// The tags of operations that only an admin's key may call.
 pub const ADMIN_TAGS: [&str; 2] = ["projects", "operating"];
 
+/// What a text in a path or a query fits: the database holds no U+0000.
+const NO_NUL: &str = r"^[^\x00]*$";
+
 /// The whole document, as `/openapi.json` and `lathe openapi` show it.
 pub fn document() -> Value {
     finish(routes::routes().into_openapi())
@@ -65,6 +68,7 @@ pub fn finish(document: OpenApi) -> Value {
             }
         }
     }
+    link(&mut document);
     document
 }
 
@@ -111,12 +115,16 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
     // A body arrives, and is bounded, also where it must be empty.
     let posted = ["post", "put"].contains(&method);
     let creates = has_body && CREATIONS.contains(&path);
-    let parameters = operation.get("parameters").and_then(Value::as_array);
-    // The id of an item after which a page begins is one too; where items are numbered, any number may be named.
     let is_text = |one: &Value| {
         one["schema"]["type"] == "string"
             || one["schema"]["type"].as_array().is_some_and(|types| types.contains(&json!("string")))
     };
+    let mut parameters = operation.get_mut("parameters").and_then(Value::as_array_mut);
+    for text in parameters.iter_mut().flat_map(|all| all.iter_mut()).filter(|one| is_text(one) && one["schema"]["enum"].is_null())
+    {
+        text["schema"]["pattern"] = json!(NO_NUL);
+    }
+    // The id of an item after which a page begins is one too; where items are numbered, any number may be named.
     let has_id =
         parameters.is_some_and(|all| all.iter().any(|one| one["in"] == "path" || one["name"] == "after" && is_text(one)));
     operation.insert("security".to_owned(), if public { json!([]) } else { json!([{"key": []}]) });
@@ -174,6 +182,42 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
     responses.sort_keys();
 }
 
+/// What a POST to a collection creates is what the paths below its item's are about: its answer links to them.
+fn link(document: &mut Value) {
+    let operations: Vec<(String, String)> = document["paths"]
+        .as_object()
+        .into_iter()
+        .flatten()
+        .flat_map(|(path, item)| item.as_object().into_iter().flat_map(Map::values).map(move |operation| (path, operation)))
+        .filter_map(|(path, operation)| Some((path.clone(), operation["operationId"].as_str()?.to_owned())))
+        .collect();
+    let schemas = document["components"]["schemas"].clone();
+    for (collection, item) in document["paths"].as_object_mut().into_iter().flatten() {
+        let outer = parameters_of(collection).map(|name| (name.to_owned(), json!(format!("$request.path.{name}"))));
+        let outer: Map<String, Value> = outer.collect();
+        let links = operations.iter().filter_map(|(path, id)| {
+            let (name, rest) = path.strip_prefix(collection.as_str())?.strip_prefix("/{")?.split_once('}')?;
+            let mut parameters = outer.clone();
+            parameters.insert(name.to_owned(), json!("$response.body#/id"));
+            (!rest.contains('{')).then(|| (id.clone(), json!({"operationId": id, "parameters": parameters})))
+        });
+        let links: Map<String, Value> = links.collect();
+        let responses = item.pointer_mut("/post/responses").and_then(Value::as_object_mut);
+        for (status, response) in responses.into_iter().flatten() {
+            let schema = &response["content"]["application/json"]["schema"];
+            let named = schema["$ref"].as_str().and_then(|named| schemas.get(named.rsplit('/').next()?)).unwrap_or(schema);
+            if status.starts_with('2') && named["properties"]["id"].is_object() && !links.is_empty() {
+                response["links"] = Value::Object(links.clone());
+            }
+        }
+    }
+}
+
+/// The names in a path's braces.
+fn parameters_of(path: &str) -> impl Iterator<Item = &str> {
+    path.split('{').skip(1).filter_map(|rest| rest.split('}').next())
+}
+
 /// A list refers to its items' schema, where utoipa repeats it without its name, and shows one of them.
 fn complete_lists(schemas: &mut Map<String, Value>) {
     let items: Vec<(String, String)> = schemas
@@ -208,6 +252,18 @@ mod tests {
             assert!(!name.starts_with("List_") || items["$ref"].is_string(), "{name}: {items}");
         }
         assert!(null_properties(&document).is_empty(), "{:?}", null_properties(&document));
+    }
+
+    #[test]
+    fn what_is_created_links_to_what_can_be_done_with_it() {
+        let document = super::document();
+        let links = |path: &str, status: &str| document["paths"][path]["post"]["responses"][status]["links"].clone();
+        let deletion = &links("/v1/projects/{project_id}/keys", "200")["delete_key"];
+        assert_eq!(deletion["parameters"]["project_id"], "$request.path.project_id");
+        assert_eq!(deletion["parameters"]["key_id"], "$response.body#/id");
+        assert!(links("/v1/projects", "200")["delete_key"].is_null(), "a project's id is none of a key");
+        assert_eq!(links("/v1/training/jobs", "201")["pause_training_job"]["parameters"]["job_id"], "$response.body#/id");
+        assert!(links("/v1/completions", "200").is_null());
     }
 
     /// Where a property's only type is null: openapi-generator stops there.

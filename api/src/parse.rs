@@ -166,7 +166,7 @@ pub fn typed<T: DeserializeOwned + ToSchema + 'static>(value: Value) -> Result<T
 }
 
 /// Where a text or a name holds U+0000.
-fn find_nul(value: &Value, at: String) -> Option<String> {
+pub fn find_nul(value: &Value, at: String) -> Option<String> {
     match value {
         Value::String(text) => text.contains('\0').then_some(at),
         Value::Array(items) => items.iter().enumerate().find_map(|(index, item)| find_nul(item, format!("{at}[{index}]"))),

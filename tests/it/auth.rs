@@ -82,6 +82,14 @@ async fn creations_happen_once(db: PgPool) {
     assert_eq!(first.0, 200);
     assert_eq!(create("a", ("idempotency-key", "one")).await, first);
     refused("the key with another body", &create("b", ("idempotency-key", "one")).await, &[422]);
+    // A refusal that cannot be kept is given again.
+    let nul = || {
+        let request = api.request(Method::POST, "/v1/projects").header("idempotency-key", "two");
+        answer(request.json(&json!({"name": "n", "metadata": {"\0": "a"}})))
+    };
+    for _ in 0..2 {
+        refused("a name that holds U+0000", &nul().await, &[422]);
+    }
     // As OpenAI's SDKs retry: the first attempt counts 0 and is a new request always.
     let first = create("c", ("x-stainless-retry-count", "0")).await;
     assert_eq!(create("c", ("x-stainless-retry-count", "1")).await, first);

@@ -122,7 +122,11 @@ pub struct EventList {
 /// ended job.
 #[utoipa::path(
     get, path = "/v1/training/jobs/{job_id}/events", operation_id = "list_training_events", tag = "training",
-    params(("job_id" = String, Path), EventsQuery, ("Last-Event-ID" = Option<i64>, Header, description = "The last event that was received")),
+    params(
+        ("job_id" = String, Path),
+        EventsQuery,
+        ("Last-Event-ID" = Option<i64>, Header, minimum = 0, maximum = 9223372036854775807i64, description = "The last event that was received"),
+    ),
     responses(
         (status = 200, description = "Events in their order", content((EventList = "application/json"), (EventObject = "text/event-stream"))),
         (status = 422, description = "A stream with a `limit`"),
