@@ -8,12 +8,13 @@ use std::{error::Error, future::Future, io::Write, process::ExitCode};
 use clap::Parser;
 use lathe_api::{
     auth,
-    config::{ApiArgs, Cli, Command, DatabaseArgs, KeyCommand, LogOptions},
+    config::{ApiArgs, Cli, Command, DatabaseArgs, KeyCommand, LogOptions, RunnerArgs},
     demo, engine_server, health_check, keys, logging, migrate, openapi, otlp, server,
     state::{self, AppState},
     supervisor::{self, Database, ServeError},
 };
 use lathe_jobs::{artifacts::Artifacts, log_filter, runner, store_id};
+use sqlx::{Connection, PgConnection};
 use tokio::signal::unix::{SignalKind, signal};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
@@ -67,11 +68,7 @@ fn run(command: Command, log: &LogOptions) -> Result<ExitCode, Box<dyn Error + S
         match command {
             Command::Serve(args) => Ok(supervisor::serve(&args, log, stopped()?).await?),
             Command::Api(args) => run_api(*args).await,
-            Command::Runner(args) => {
-                let mut config = args.options.config(required(&args.database)?, &args.store, &args.database);
-                config.otlp_endpoint = log.collector().map(str::to_owned);
-                Ok(runner::run(config, stopped()?).await?)
-            }
+            Command::Runner(args) => run_runner(args, log).await,
             Command::Engine(args) => Ok(engine_server::run(args, stopped()?).await?),
             Command::Demo(config) => Ok(demo::run(*config, stopped()?).await?),
             Command::Migrate(args) => {
@@ -122,6 +119,17 @@ async fn run_api(args: ApiArgs) -> Outcome {
         shutdown.cancel();
     });
     Ok(server::serve(supervisor::listener(&args.options)?, state).await?)
+}
+
+async fn run_runner(args: RunnerArgs, log: &LogOptions) -> Outcome {
+    let database_url = required(&args.database)?;
+    let mut conn = PgConnection::connect(&database_url).await?;
+    migrate::check(&mut conn).await?;
+    conn.close().await?;
+    let mut config = args.options.config(database_url, &args.store, &args.database);
+    config.schema_version = Some(migrate::binary_version());
+    config.otlp_endpoint = log.collector().map(str::to_owned);
+    Ok(runner::run(config, stopped()?).await?)
 }
 
 fn required(database: &DatabaseArgs) -> Result<String, &'static str> {

@@ -25,7 +25,7 @@ pub enum SchemaError {
 }
 
 /// The newest version that this binary knows.
-fn binary_version() -> i64 {
+pub fn binary_version() -> i64 {
     MIGRATOR.iter().map(|migration| migration.version).max().unwrap_or(0)
 }
 

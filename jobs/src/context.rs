@@ -1,6 +1,10 @@
 //! What a runner is told and what its tasks share.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use sqlx::PgPool;
 use tokio::sync::{Notify, broadcast, watch};
@@ -35,6 +39,8 @@ pub struct RunnerConfig {
     pub decompression_ratio: u64,
     /// Entries of the audit log are kept for so many days.
     pub audit_days: u16,
+    /// The newest migration that this binary knows; none: whatever the database is at will do.
+    pub schema_version: Option<i64>,
     /// The collector that engines send their traces to.
     pub otlp_endpoint: Option<String>,
     /// Told what to log from now on; none: what the process was started with.
@@ -61,6 +67,7 @@ impl RunnerConfig {
             disk_low_bytes: 1 << 30,
             decompression_ratio: 100,
             audit_days: 365,
+            schema_version: None,
             otlp_endpoint: None,
             log: |_| {},
             program: std::env::current_exe().unwrap_or_else(|_| "lathe".into()),
@@ -80,6 +87,8 @@ pub struct Context {
     pub(crate) gone: watch::Receiver<bool>,
     /// Less of the artifacts' disk is free than must stay free.
     pub(crate) disk_low: watch::Sender<bool>,
+    /// The schema is newer than this binary: no more work is taken.
+    pub(crate) outdated: AtomicBool,
     /// Work may be there.
     pub(crate) wake: Notify,
     /// Replicas may be there.
@@ -106,6 +115,11 @@ impl Context {
 
     pub fn is_stopping(&self) -> bool {
         *self.stopping.borrow()
+    }
+
+    /// Whether jobs and replicas are still claimed.
+    pub(crate) fn takes_work(&self) -> bool {
+        !self.is_stopping() && !self.outdated.load(Ordering::Relaxed)
     }
 
     /// Whether the disk is nearly full now, for everyone who waits for it. One that cannot be read is not.

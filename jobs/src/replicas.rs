@@ -81,7 +81,8 @@ pub async fn keep(context: Arc<Context>) {
     while !context.is_stopping() {
         // Registered before the query, so that what is queued after it is not missed.
         let wake = context.wake_replicas.notified();
-        match answered(claim(&context)).await {
+        let claimed = if context.takes_work() { answered(claim(&context)).await } else { Ok(None) };
+        match claimed {
             Ok(Some(replica)) => {
                 serving.spawn(serve(context.clone(), replica));
                 continue;

@@ -28,4 +28,5 @@ mod quotas;
 mod refusals;
 mod traces;
 mod training;
+mod upgrade;
 mod worker;

@@ -12,8 +12,10 @@ mod stack;
 
 use std::time::{Duration, Instant};
 
+use lathe_api::MIGRATOR;
 use reqwest::{Method, StatusCode, header::HeaderMap, multipart};
 use serde_json::Value;
+use sqlx::migrate::Migrator;
 
 pub use self::{
     network::Network,
@@ -135,6 +137,11 @@ impl Caller<'_> {
     pub async fn delete(&self, path: &str) -> Answer {
         self.app.send(self.request(Method::DELETE, path)).await
     }
+}
+
+/// The schema as it was at an older version.
+pub fn schema_of(version: i64) -> Migrator {
+    Migrator::with_migrations(MIGRATOR.iter().filter(|migration| migration.version <= version).cloned().collect())
 }
 
 /// Polls until `condition` gives something; ends the test after `limit`.

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use crate::{
     KEY, Kind, Network, Pretence,
     processes::{self},
-    within,
+    schema_of, within,
 };
 
 /// A server that has not said that it is ready by then will not.
@@ -42,6 +42,7 @@ pub struct Builder {
     lease_seconds: f64,
     embedded: bool,
     leaves_jobs: bool,
+    left: Option<(i64, String)>,
     disk_bytes: Option<u64>,
     network: Option<Network>,
     arguments: Vec<String>,
@@ -55,6 +56,7 @@ impl Default for Builder {
             lease_seconds: 2.0,
             embedded: false,
             leaves_jobs: false,
+            left: None,
             disk_bytes: None,
             network: None,
             arguments: Vec::new(),
@@ -83,6 +85,12 @@ impl Builder {
     /// The test ends with unfinished jobs, on purpose.
     pub fn leaves_jobs(mut self) -> Self {
         self.leaves_jobs = true;
+        self
+    }
+
+    /// On a database (of the server at `DATABASE_URL`) as an older version left it: its schema, and these rows.
+    pub fn left_by(mut self, version: i64, rows: &str) -> Self {
+        self.left = Some((version, rows.to_owned()));
         self
     }
 
@@ -127,6 +135,9 @@ impl Builder {
             Some(server) => Some(Database::create(&server).await),
             None => None,
         };
+        if let Some((version, rows)) = &self.left {
+            database.as_ref().expect("DATABASE_URL names a server").fill(*version, rows).await;
+        }
         let mut app = TestApp {
             url: String::new(),
             key: KEY.to_owned(),
@@ -165,6 +176,13 @@ impl Database {
 
     fn options(&self) -> PgConnectOptions {
         self.server.clone().database(&self.name)
+    }
+
+    /// Brings the schema up to a version, and inserts rows.
+    async fn fill(&self, version: i64, rows: &str) {
+        let mut conn = PgConnection::connect(&self.url).await.expect("the server is there");
+        schema_of(version).run(&mut conn).await.expect("the migrations run");
+        sqlx::raw_sql(sqlx::AssertSqlSafe(rows)).execute(&mut conn).await.expect("the rows fit the schema");
     }
 
     async fn remove(self) {

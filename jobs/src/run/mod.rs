@@ -32,7 +32,7 @@ use crate::{
     lease::{Claimed, Lease},
     machine,
     publish::Product,
-    spec::Spec,
+    spec::{Spec, SpecError},
     waiting,
 };
 
@@ -75,7 +75,12 @@ impl From<Failure> for PrepareError {
 /// Finds what a job needs and makes its staging folder, from which earlier attempts are swept.
 pub async fn prepare(context: &Context, claimed: &Claimed, device: &Device, staging: &Path) -> Result<Prepared, PrepareError> {
     let spec = Spec::read(claimed.spec.clone()).map_err(|error| {
-        failure::new(FailureCode::Internal, format!("This version of the runner does not read the job's specification: {error}"))
+        let message = format!("This version of the runner does not read the job's specification: {error}");
+        match error {
+            // Another runner may be the newer one.
+            SpecError::Newer { .. } => failure::retryable(FailureCode::Internal, message),
+            SpecError::Json(_) => failure::new(FailureCode::Internal, message),
+        }
     })?;
     make_staging(staging.to_owned()).await?;
     let mut prepared = match spec {

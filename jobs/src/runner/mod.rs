@@ -4,7 +4,7 @@
 //! at once on a notification, and every second without one. A runner that is told to stop asks its
 //! workers to save, ends their attempts as interrupted and its replicas as stopped, and goes within
 //! ten seconds. A database that is away stops nothing that runs. A runner whose artifact folder is not
-//! the api's takes nothing and says so until it is.
+//! the api's takes nothing and says so until it is; one that the schema has outgrown takes nothing more.
 
 mod attempt;
 mod conversation;
@@ -15,7 +15,10 @@ mod spans;
 
 use std::{
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -76,6 +79,7 @@ pub async fn run(config: RunnerConfig, shutdown: impl Future<Output = ()>) -> Re
         stopping,
         gone,
         disk_low: watch::Sender::new(false),
+        outdated: AtomicBool::new(false),
         wake: Notify::new(),
         wake_replicas: Notify::new(),
         spoken_of: broadcast::Sender::new(256),
@@ -214,7 +218,29 @@ async fn stay_registered(context: Arc<Context>) {
         if let Err(error) = answered(renewal.execute(&context.db)).await {
             tracing::warn!(%error, "the runner could not renew its registration");
         }
+        if let Err(error) = answered(look_at_schema(&context)).await {
+            tracing::warn!(%error, "the schema's version cannot be read");
+        }
     }
+}
+
+/// Whether a newer version has brought the schema up meanwhile. Then its jobs may be such as this one does not
+/// read: what runs goes on, and nothing more is taken.
+async fn look_at_schema(context: &Context) -> Result<(), sqlx::Error> {
+    let Some(known) = context.config.schema_version else { return Ok(()) };
+    // The migrator makes this table, so no query of it can be checked.
+    let found: i64 =
+        sqlx::query_scalar("SELECT coalesce(max(version), 0) FROM _sqlx_migrations WHERE success").fetch_one(&context.db).await?;
+    if found <= known {
+        return Ok(());
+    }
+    let sentence = format!(
+        "The database's schema is version {found}, made by a newer Lathe; this runner knows versions up to {known}: start the newer one."
+    );
+    if !context.outdated.swap(true, Ordering::Relaxed) {
+        tracing::error!(runner.id = context.runner_id, "{sentence} What has begun goes on, and no more is taken.");
+    }
+    refuse(context, &[], &sentence, false).await
 }
 
 async fn watch_disk(context: Arc<Context>) {
@@ -295,7 +321,7 @@ async fn claim_all(context: Arc<Context>, pool: Pool, slots: Vec<Device>) {
 
 /// The next job, if there is one and this machine has room for it.
 async fn claim(context: &Context, pool: Pool, slot: &Device) -> Option<lease::Claimed> {
-    if context.is_stopping() {
+    if !context.takes_work() {
         return None;
     }
     // Asked anew: what a claim begins would have to stop again.
