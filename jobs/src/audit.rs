@@ -1,4 +1,4 @@
-//! The audit log: what was created, deleted, cancelled and revoked, when, and by which key.
+//! The audit log: what was created, changed by hand, deleted, cancelled and revoked, when, and by which key.
 //!
 //! An entry is written in the transaction of the deed, so neither is there without the other. It holds ids
 //! and never what they name, and stays when that goes; [`prune`] ends it. Work that goes on by itself (a job
@@ -33,6 +33,7 @@ impl<'a> Actor<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Deed {
     ProjectCreated,
+    QuotasChanged,
     KeyCreated,
     KeyRevoked,
     FileCreated,
@@ -44,14 +45,19 @@ pub enum Deed {
     TokenizerCreated,
     TokenizerDeleted,
     TrainingJobCreated,
+    TrainingJobPaused,
+    TrainingJobResumed,
     TrainingJobCancelled,
     TrainingJobDeleted,
     ModelDeleted,
+    LogFilterSet,
+    LogFilterDeleted,
 }
 
 impl Deed {
-    pub const ALL: [Deed; 15] = [
+    pub const ALL: [Deed; 20] = [
         Deed::ProjectCreated,
+        Deed::QuotasChanged,
         Deed::KeyCreated,
         Deed::KeyRevoked,
         Deed::FileCreated,
@@ -63,15 +69,20 @@ impl Deed {
         Deed::TokenizerCreated,
         Deed::TokenizerDeleted,
         Deed::TrainingJobCreated,
+        Deed::TrainingJobPaused,
+        Deed::TrainingJobResumed,
         Deed::TrainingJobCancelled,
         Deed::TrainingJobDeleted,
         Deed::ModelDeleted,
+        Deed::LogFilterSet,
+        Deed::LogFilterDeleted,
     ];
 
     /// `file.created`.
     pub fn as_str(self) -> &'static str {
         match self {
             Deed::ProjectCreated => "project.created",
+            Deed::QuotasChanged => "project.quotas_changed",
             Deed::KeyCreated => "api_key.created",
             Deed::KeyRevoked => "api_key.revoked",
             Deed::FileCreated => "file.created",
@@ -83,9 +94,39 @@ impl Deed {
             Deed::TokenizerCreated => "tokenizer.created",
             Deed::TokenizerDeleted => "tokenizer.deleted",
             Deed::TrainingJobCreated => "training_job.created",
+            Deed::TrainingJobPaused => "training_job.paused",
+            Deed::TrainingJobResumed => "training_job.resumed",
             Deed::TrainingJobCancelled => "training_job.cancelled",
             Deed::TrainingJobDeleted => "training_job.deleted",
             Deed::ModelDeleted => "model.deleted",
+            Deed::LogFilterSet => "log_filter.set",
+            Deed::LogFilterDeleted => "log_filter.deleted",
+        }
+    }
+
+    /// Whether it can happen to a resource again. What cannot is written once, however often it is asked for.
+    fn repeats(self) -> bool {
+        match self {
+            Deed::QuotasChanged
+            | Deed::TrainingJobPaused
+            | Deed::TrainingJobResumed
+            | Deed::LogFilterSet
+            | Deed::LogFilterDeleted => true,
+            Deed::ProjectCreated
+            | Deed::KeyCreated
+            | Deed::KeyRevoked
+            | Deed::FileCreated
+            | Deed::FileDeleted
+            | Deed::UploadCreated
+            | Deed::UploadCancelled
+            | Deed::DatasetCreated
+            | Deed::DatasetDeleted
+            | Deed::TokenizerCreated
+            | Deed::TokenizerDeleted
+            | Deed::TrainingJobCreated
+            | Deed::TrainingJobCancelled
+            | Deed::TrainingJobDeleted
+            | Deed::ModelDeleted => false,
         }
     }
 }
@@ -100,18 +141,20 @@ pub struct Entry<'a> {
     pub resource_id: &'a str,
 }
 
-/// Writes the entry in the caller's transaction, unless the same was done to the resource before.
+/// Writes the entry in the caller's transaction, unless it is of what happens to a resource once, and did. Of the
+/// others it is the caller who knows whether anything has changed.
 pub async fn record(conn: &mut PgConnection, entry: Entry<'_>) -> Result<(), sqlx::Error> {
     let (actor, key_id) = entry.actor.columns();
     sqlx::query!(
-        "INSERT INTO audit_log (id, type, resource_id, project_id, actor, key_id) VALUES ($1, $2, $3, $4, $5, $6)
-         ON CONFLICT (resource_id, type) DO NOTHING",
+        "INSERT INTO audit_log (id, type, resource_id, project_id, actor, key_id, repeats) VALUES ($1, $2, $3, $4, $5, $6, $7)
+         ON CONFLICT (resource_id, type) WHERE NOT repeats DO NOTHING",
         ids::new("audit"),
         entry.deed.as_str(),
         entry.resource_id,
         entry.project_id,
         actor,
         key_id,
+        entry.deed.repeats(),
     )
     .execute(conn)
     .await

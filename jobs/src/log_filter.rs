@@ -40,9 +40,13 @@ pub async fn set(db: impl PgExecutor<'_>, filter: &str, seconds: Option<i64>) ->
     .map(drop)
 }
 
-/// Gives every process its own filter back.
-pub async fn clear(db: impl PgExecutor<'_>) -> Result<(), sqlx::Error> {
-    sqlx::query!("DELETE FROM log_filter").execute(db).await.map(drop)
+/// Gives every process its own filter back. Whether another one held.
+pub async fn clear(db: impl PgExecutor<'_>) -> Result<bool, sqlx::Error> {
+    let held = sqlx::query_scalar!(
+        r#"WITH gone AS (DELETE FROM log_filter RETURNING expires_at)
+           SELECT EXISTS (SELECT FROM gone WHERE expires_at IS NULL OR expires_at > now()) AS "held!""#
+    );
+    held.fetch_one(db).await
 }
 
 /// Tells `apply` each filter that holds from now on, until it is dropped. While the database is away, the last

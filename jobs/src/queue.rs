@@ -242,7 +242,8 @@ pub async fn delete(conn: &mut PgConnection, job_id: &str) -> Result<Vec<String>
     Ok(folders)
 }
 
-async fn lock(conn: &mut PgConnection, job_id: &str) -> Result<JobState, TransitionError> {
+/// Where a job stands, and stays until the transaction ends.
+pub async fn lock(conn: &mut PgConnection, job_id: &str) -> Result<JobState, TransitionError> {
     sqlx::query_scalar!(r#"SELECT state AS "state: JobState" FROM jobs WHERE id = $1 AND deleted_at IS NULL FOR UPDATE"#, job_id)
         .fetch_optional(conn)
         .await?

@@ -70,16 +70,19 @@ pub async fn exceeded_storage(conn: &mut PgConnection, project_id: &str, more: i
     Ok(Some(quota).filter(|quota| used.saturating_add(more) > *quota))
 }
 
-/// Sets a project's quotas, and marks its unfinished jobs accordingly. False: there is no such project.
-pub async fn set(conn: &mut PgConnection, project_id: &str, quotas: Quotas) -> Result<bool, sqlx::Error> {
+/// Sets a project's quotas, and marks its unfinished jobs accordingly. Whether they were others before; none:
+/// there is no such project.
+pub async fn set(conn: &mut PgConnection, project_id: &str, quotas: Quotas) -> Result<Option<bool>, sqlx::Error> {
     // Waits for whoever adds a job, and keeps others from it.
-    let changed = sqlx::query!(
-        "UPDATE projects SET storage_quota_bytes = $2, running_jobs_quota = $3 WHERE id = $1",
+    let changed = sqlx::query_scalar!(
+        r#"WITH before AS (SELECT id, storage_quota_bytes, running_jobs_quota FROM projects WHERE id = $1 FOR NO KEY UPDATE)
+           UPDATE projects p SET storage_quota_bytes = $2, running_jobs_quota = $3 FROM before WHERE p.id = before.id
+           RETURNING (before.storage_quota_bytes, before.running_jobs_quota) IS DISTINCT FROM ($2::bigint, $3::integer) AS "changed!""#,
         project_id,
         quotas.storage_bytes,
         quotas.running_jobs,
     )
-    .execute(&mut *conn)
+    .fetch_optional(&mut *conn)
     .await?;
     sqlx::query!(
         "UPDATE jobs SET limited = $2 WHERE project_id = $1 AND finished_at IS NULL AND limited <> $2",
@@ -90,7 +93,7 @@ pub async fn set(conn: &mut PgConnection, project_id: &str, quotas: Quotas) -> R
     .await?;
     // There may be room now.
     sqlx::query!("SELECT pg_notify('lathe_jobs', '') AS told").fetch_one(conn).await?;
-    Ok(changed.rows_affected() == 1)
+    Ok(changed)
 }
 
 /// Whether a project's jobs are limited; stays so until the transaction ends.

@@ -46,7 +46,7 @@ impl World {
     async fn limit(&self, project: &str, running_jobs: Option<i32>) {
         let mut tx = self.db.begin().await.expect("the database is there");
         let quotas = Quotas { storage_bytes: None, running_jobs };
-        assert!(quota::set(&mut tx, project, quotas).await.expect("the database is there"), "{project} is there");
+        assert!(quota::set(&mut tx, project, quotas).await.expect("the database is there").is_some(), "{project} is there");
         tx.commit().await.expect("the database is there");
     }
 

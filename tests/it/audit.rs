@@ -1,4 +1,4 @@
-//! The audit log: every deed that the document knows leaves one entry, with the key that did it.
+//! The audit log: every deed that the document knows leaves its entry, with the key that did it.
 
 use lathe_jobs::audit::Deed;
 use reqwest::Method;
@@ -26,7 +26,7 @@ async fn created(api: &Api, path: &str, body: Value) -> String {
 }
 
 #[sqlx::test(migrator = "lathe_api::MIGRATOR")]
-async fn every_deed_leaves_one_entry_with_its_key(db: PgPool) {
+async fn every_deed_leaves_its_entry_with_its_key(db: PgPool) {
     let api = Api::start(db.clone()).await;
     let own: String =
         sqlx::query_scalar("SELECT id FROM api_keys WHERE name = 'bootstrap'").fetch_one(&db).await.expect("it is there");
@@ -44,8 +44,11 @@ async fn every_deed_leaves_one_entry_with_its_key(db: PgPool) {
     let key = created(&api, &format!("/v1/projects/{project}/keys"), json!({})).await;
 
     let tuned = created(&api, "/v1/fine_tuning/jobs", json!({"model": model, "training_file": file})).await;
-    // Each of them twice: the second changes nothing.
+    // Each of them twice: the second changes nothing. A job can be paused again once it was resumed.
     for path in [
+        format!("/v1/training/jobs/{tuned}/pause"),
+        format!("/v1/fine_tuning/jobs/{tuned}/resume"),
+        format!("/v1/fine_tuning/jobs/{tuned}/pause"),
         format!("/v1/fine_tuning/jobs/{tuned}/cancel"),
         format!("/v1/training/jobs/{job}/cancel"),
         format!("/v1/uploads/{upload}/cancel"),
@@ -54,6 +57,18 @@ async fn every_deed_leaves_one_entry_with_its_key(db: PgPool) {
             let (status, answer) = answer(api.request(Method::POST, &path)).await;
             assert_eq!(status, 200, "{path}: {answer}");
         }
+    }
+    let quotas = |storage: i64| json!({"quotas": {"storage_bytes": storage, "running_jobs": null}});
+    for body in [quotas(5), quotas(5), quotas(6)] {
+        created(&api, &format!("/v1/projects/{project}"), body).await;
+    }
+    // It is set anew each time, as its end may be another.
+    for _ in 0..2 {
+        let set = api.request(Method::PUT, "/v1/log_filter").json(&json!({"filter": "info", "expires_after": 60}));
+        assert_eq!(answer(set).await.0, 200);
+    }
+    for _ in 0..2 {
+        assert_eq!(api.delete("/v1/log_filter").await.0, 200);
     }
     sqlx::query("UPDATE datasets SET state = 'ready' WHERE implicit").execute(&db).await.expect("it is there");
     for path in [
@@ -76,6 +91,7 @@ async fn every_deed_leaves_one_entry_with_its_key(db: PgPool) {
     );
 
     let by_own = |deed: Deed, id: &String| (deed.as_str().to_owned(), id.clone(), Some(own.clone()));
+    let filter = "log_filter".to_owned();
     let expected = [
         (Deed::KeyCreated.as_str().to_owned(), own.clone(), None),
         by_own(Deed::FileCreated, &file),
@@ -86,9 +102,17 @@ async fn every_deed_leaves_one_entry_with_its_key(db: PgPool) {
         by_own(Deed::ProjectCreated, &project),
         by_own(Deed::KeyCreated, &key),
         by_own(Deed::TrainingJobCreated, &tuned),
+        by_own(Deed::TrainingJobPaused, &tuned),
+        by_own(Deed::TrainingJobResumed, &tuned),
+        by_own(Deed::TrainingJobPaused, &tuned),
         by_own(Deed::TrainingJobCancelled, &tuned),
         by_own(Deed::TrainingJobCancelled, &job),
         by_own(Deed::UploadCancelled, &upload),
+        by_own(Deed::QuotasChanged, &project),
+        by_own(Deed::QuotasChanged, &project),
+        by_own(Deed::LogFilterSet, &filter),
+        by_own(Deed::LogFilterSet, &filter),
+        by_own(Deed::LogFilterDeleted, &filter),
         by_own(Deed::TrainingJobDeleted, &job),
         by_own(Deed::ModelDeleted, &model),
         by_own(Deed::TokenizerDeleted, &tokenizer),
@@ -102,11 +126,11 @@ async fn every_deed_leaves_one_entry_with_its_key(db: PgPool) {
     }
     assert_eq!(entries(&api, &format!("&resource_id={file}")).await.len(), 2);
     assert_eq!(entries(&api, &format!("&key_id={own}")).await.len(), expected.len() - 1);
-    assert_eq!(entries(&api, "&type=upload.cancelled").await, expected[11..12]);
+    assert_eq!(entries(&api, "&type=upload.cancelled").await, [by_own(Deed::UploadCancelled, &upload)]);
     let of_new = entries(&api, &format!("&project_id={project}")).await;
     assert_eq!(
         of_new.iter().map(|(deed, ..)| &**deed).collect::<Vec<_>>(),
-        ["project.created", "api_key.created", "api_key.revoked"]
+        ["project.created", "api_key.created", "project.quotas_changed", "project.quotas_changed", "api_key.revoked"]
     );
 }
 

@@ -1,4 +1,4 @@
-//! `/v1/audit`: what was created, deleted, cancelled and revoked, and by which key. Admin keys only.
+//! `/v1/audit`: what was created, changed, deleted, cancelled and revoked, and by which key. Admin keys only.
 
 use axum::{Json, extract::State};
 use lathe_jobs::audit::Deed;
@@ -135,8 +135,8 @@ pub struct ListAuditLog {
 
 /// List what was done, and by whom
 ///
-/// Creations, deletions, cancellations and revocations of all projects, each once. Kept for a year unless configured
-/// otherwise.
+/// Creations, deletions, cancellations and revocations of all projects, each once, and each pause, resumption, change of
+/// quotas and of the log filter. Kept for a year unless configured otherwise.
 #[utoipa::path(get, path = "/v1/audit", operation_id = "list_audit_log", tag = "operating", params(ListAuditLog), responses((status = 200, description = "A page", body = List<AuditEntry>)))]
 async fn list_audit_log(
     State(state): State<AppState>,

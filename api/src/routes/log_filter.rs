@@ -1,7 +1,10 @@
 //! `/v1/log_filter`: what every api and runner logs, while they run. Admin keys only.
 
 use axum::{Json, extract::State};
-use lathe_jobs::log_filter;
+use lathe_jobs::{
+    audit::{self, Deed},
+    log_filter,
+};
 use serde::{Deserialize, Serialize};
 use sqlx::PgPool;
 use utoipa::ToSchema;
@@ -12,6 +15,9 @@ use crate::{auth::Admin, logging, parse::Body, problem::ApiError, resource::seco
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(get_log_filter, set_log_filter, delete_log_filter))
 }
+
+/// What the audit log calls it. There is one, of all projects; its entries are of the project of the key.
+const RESOURCE: &str = "log_filter";
 
 /// What is logged, by module.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -57,19 +63,26 @@ async fn get_log_filter(State(state): State<AppState>, _: Admin) -> Result<Json<
 )]
 async fn set_log_filter(
     State(state): State<AppState>,
-    _: Admin,
+    Admin(caller): Admin,
     Body(request): Body<SetLogFilter>,
 ) -> Result<Json<LogFilterObject>, ApiError> {
     if let Err(sentence) = logging::parse(&request.filter) {
         return Err(ApiError::unprocessable("invalid_log_filter", "filter", format!("{sentence}.")));
     }
-    log_filter::set(&state.db, &request.filter, request.expires_after).await?;
+    let mut tx = state.db.begin().await?;
+    log_filter::set(&mut *tx, &request.filter, request.expires_after).await?;
+    audit::record(&mut tx, caller.did(Deed::LogFilterSet, RESOURCE)).await?;
+    tx.commit().await?;
     current(&state.db).await
 }
 
 /// Log again what each process was started with
 #[utoipa::path(delete, path = "/v1/log_filter", operation_id = "delete_log_filter", tag = "operating", responses((status = 200, description = "No filter", body = LogFilterObject)))]
-async fn delete_log_filter(State(state): State<AppState>, _: Admin) -> Result<Json<LogFilterObject>, ApiError> {
-    log_filter::clear(&state.db).await?;
+async fn delete_log_filter(State(state): State<AppState>, Admin(caller): Admin) -> Result<Json<LogFilterObject>, ApiError> {
+    let mut tx = state.db.begin().await?;
+    if log_filter::clear(&mut *tx).await? {
+        audit::record(&mut tx, caller.did(Deed::LogFilterDeleted, RESOURCE)).await?;
+    }
+    tx.commit().await?;
     current(&state.db).await
 }

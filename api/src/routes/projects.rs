@@ -208,13 +208,14 @@ pub struct UpdateProject {
 )]
 async fn update_project(
     State(state): State<AppState>,
-    _: Admin,
+    Admin(caller): Admin,
     Path(id): Path<String>,
     Body(request): Body<UpdateProject>,
 ) -> Result<Json<ProjectObject>, ApiError> {
     let mut tx = state.db.begin().await?;
-    if !quota::set(&mut tx, &id, request.quotas.quotas()).await? {
-        return Err(ApiError::no_project(&id));
+    let changed = quota::set(&mut tx, &id, request.quotas.quotas()).await?.ok_or_else(|| ApiError::no_project(&id))?;
+    if changed {
+        audit::record(&mut tx, Entry { project_id: &id, ..caller.did(Deed::QuotasChanged, &id) }).await?;
     }
     let project = find(&mut tx, &id).await?;
     tx.commit().await?;

@@ -38,17 +38,26 @@ impl Action {
     pub async fn apply(self, conn: &mut PgConnection, caller: &Project, id: &str) -> Result<JobState, ApiError> {
         let mut tx = conn.begin().await?;
         super::find(&mut tx, &caller.project_id, id).await?;
-        let changed = match self {
+        let from = queue::lock(&mut tx, id).await.map_err(|error| refused(error, id, self.participle()))?;
+        let to = match self {
             Action::Cancel => queue::cancel(&mut tx, id).await,
             Action::Pause => queue::pause(&mut tx, id).await,
             Action::Resume => queue::resume(&mut tx, id).await,
         };
-        let changed = changed.map_err(|error| refused(error, id, self.participle()))?;
-        if matches!(self, Action::Cancel) {
-            audit::record(&mut tx, caller.did(Deed::TrainingJobCancelled, id)).await?;
+        let to = to.map_err(|error| refused(error, id, self.participle()))?;
+        if to != from {
+            audit::record(&mut tx, caller.did(self.deed(), id)).await?;
         }
         tx.commit().await?;
-        Ok(changed)
+        Ok(to)
+    }
+
+    fn deed(self) -> Deed {
+        match self {
+            Action::Cancel => Deed::TrainingJobCancelled,
+            Action::Pause => Deed::TrainingJobPaused,
+            Action::Resume => Deed::TrainingJobResumed,
+        }
     }
 
     fn participle(self) -> &'static str {
