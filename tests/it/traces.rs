@@ -9,7 +9,7 @@ use std::{
 };
 
 use axum::{Router, body::Bytes, routing::post};
-use lathe_tests::{PATIENCE, TestApp, within};
+use lathe_tests::{Kind, PATIENCE, TestApp, within};
 use opentelemetry_proto::tonic::{
     collector::trace::v1::ExportTraceServiceRequest,
     common::v1::{KeyValue, any_value::Value as Any},
@@ -233,6 +233,41 @@ async fn a_trace_goes_from_the_request_to_the_workers_steps_and_to_the_engine() 
 
     let seen = collector.seen.lock().expect("no test fails in it");
     assert!(seen.iter().all(|seen| !["/healthz", "/readyz"].iter().any(|probe| seen.span.name.contains(probe))));
+}
+
+/// The attempts of a job stand together, each with how it ended.
+#[tokio::test]
+async fn every_attempt_of_a_job_is_in_its_trace() {
+    let collector = Collector::start();
+    let mut app = TestApp::builder().argument("--otlp-endpoint").argument(&collector.url).start().await;
+    let ingredients = ingredients(&app).await;
+    let request = app.request(Method::POST, "/v1/training/jobs").json(&pretraining(&ingredients, 1_000_000));
+    let job = app.send(traced(request, 1, "01")).await.ok();
+    let attempt = async |n: u64| {
+        let began = std::time::Instant::now();
+        loop {
+            let now = app.wait_for(&path(&job), &["blocked", "queued", "running"]).await;
+            if now["attempts"] == n && now["step"].as_u64() > Some(0) && now["phase"] == "training" {
+                return;
+            }
+            assert!(began.elapsed() < PATIENCE, "attempt {n} takes steps: {now}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    attempt(1).await;
+    app.kill(Kind::Worker);
+    attempt(2).await;
+    app.post(&format!("{}/cancel", path(&job))).await.ok();
+    app.wait_for(&path(&job), &["cancelled"]).await;
+    app.stop();
+    let trace = collector.trace(&trace_id(1));
+    trace.hangs_together(CLIENT);
+    let mut runs = trace.all("run train");
+    runs.sort_by_key(|run| run.number("lathe.job.attempt"));
+    let ends: Vec<_> = runs.iter().map(|run| (&run.attributes["lathe.job.state"], run.attributes.get("error.type"))).collect();
+    assert_eq!(ends, [(&json!("queued"), Some(&json!("worker_crashed"))), (&json!("cancelled"), None)]);
+    let told = |run: &Seen| trace.all("training").iter().any(|training| training.parent() == run.id());
+    assert!(runs.iter().all(|run| told(run)), "{:#?}", trace.0);
 }
 
 /// Nobody listens, or somebody never answers.
