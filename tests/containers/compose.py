@@ -162,7 +162,7 @@ def comes_back(stack: Stack, made: dict) -> str:
     docker.output("start", made["killed"])
     until(lambda: stack.live_runners() == 2, "the killed runner does not come back", 60)
     runner = stack.containers("runner")[0]
-    inside(runner, 'for at in /proc/[0-9]*; do case "$(tr "\\0" " " < $at/cmdline)" in "lathe runner"*) kill -9 ${at#/proc/};; esac; done')
+    docker.signal(runner, "KILL", "lathe runner")
     until(lambda: docker.output("inspect", "-f", "{{.RestartCount}}", runner) != "0", "its container is not started again", 60)
     until(lambda: stack.live_runners() == 2, "the crashed runner does not come back", 60)
     return "both live again, one started anew by its restart policy"

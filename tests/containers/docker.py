@@ -40,6 +40,12 @@ def compose() -> list[str]:
     return [*command, "-f", str(COMPOSE_FILE)]
 
 
+def signal(container: str, name: str, command: str) -> None:
+    """Sends a signal to the processes of a container whose command begins so."""
+    output("exec", container, "sh", "-c",
+           f'for at in /proc/[0-9]*; do case "$(tr "\\0" " " < $at/cmdline)" in "{command}"*) kill -{name} ${{at#/proc/}};; esac; done 2> /dev/null; true')
+
+
 def megabytes(image: str) -> str:
     return f"{int(output('image', 'inspect', '-f', '{{.Size}}', image)) / 1e6:,.0f} MB"
 

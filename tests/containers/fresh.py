@@ -2,6 +2,8 @@
 """What `make fresh` does: both commands of the README, on a clone of what is committed, in a container that has a bare
 Debian, Rust, and the packages that the README names; nothing of the developer's machine, and no root user.
 
+    fresh.py [demo] [test]      only one of them
+
 Ends with a table, and non-zero where a command failed. See docs/containers.md.
 """
 
@@ -41,8 +43,7 @@ def carried_out(container: str, target: str) -> Row:
         print(line, end="", flush=True)
         said.append(line)
         if line.strip() == SERVING:
-            docker.output("exec", container, "sh", "-c",
-                          'for at in /proc/[0-9]*; do case "$(tr "\\0" " " < $at/cmdline)" in *"/lathe demo"*) kill -INT ${at#/proc/};; esac; done')
+            docker.signal(container, "INT", "target/release/lathe demo")
     status, took = ran.wait(), time.monotonic() - begun
     passed = sum(int(line.split()[3]) for line in said if line.startswith("test result: ok."))
     told = next((line.strip() for line in reversed(said) if line.startswith("exact match ")), f"{passed} tests passed")
@@ -55,7 +56,7 @@ def main() -> int:
     container = docker.output("run", "-d", "--rm", "--init", IMAGE)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        for target in ("demo", "test"):
+        for target in sys.argv[1:] or ("demo", "test"):
             rows.append(carried_out(container, target))
             if rows[-1].failed:
                 break
