@@ -115,14 +115,18 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
     // A body arrives, and is bounded, also where it must be empty.
     let posted = ["post", "put"].contains(&method);
     let creates = has_body && CREATIONS.contains(&path);
-    let is_text = |one: &Value| {
-        one["schema"]["type"] == "string"
-            || one["schema"]["type"].as_array().is_some_and(|types| types.contains(&json!("string")))
-    };
+    let is_text = |one: &Value| one["schema"]["type"] == "string";
     let mut parameters = operation.get_mut("parameters").and_then(Value::as_array_mut);
-    for text in parameters.iter_mut().flat_map(|all| all.iter_mut()).filter(|one| is_text(one) && one["schema"]["enum"].is_null())
-    {
-        text["schema"]["pattern"] = json!(NO_NUL);
+    for parameter in parameters.iter_mut().flat_map(|all| all.iter_mut()) {
+        // It may be left out; it may not be null.
+        if let Some(name) =
+            parameter["schema"]["type"].as_array().and_then(|types| types.iter().find(|name| *name != "null")).cloned()
+        {
+            parameter["schema"]["type"] = name;
+        }
+        if is_text(parameter) && parameter["schema"]["enum"].is_null() {
+            parameter["schema"]["pattern"] = json!(NO_NUL);
+        }
     }
     // The id of an item after which a page begins is one too; where items are numbered, any number may be named.
     let has_id =

@@ -79,6 +79,9 @@ def generate() -> list[Row]:
 class Server(Client):
     """`lathe serve` on a folder of its own, which goes with it."""
 
+    def __init__(self):
+        """Its address is known once it has started."""
+
     def __enter__(self):
         self.folder = tempfile.TemporaryDirectory(prefix="lathe-clients-")
         # The embedded database's user must be able to pass through.

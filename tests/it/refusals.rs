@@ -142,6 +142,8 @@ async fn a_form_s_fields_are_named(db: PgPool) {
     for (case, texts, param, word) in [
         ("no JSON", vec![("metadata", "{")], "metadata", "`metadata` is not valid JSON"),
         ("nothing", vec![("metadata", "")], "metadata", "`metadata` is empty"),
+        ("null", vec![("metadata", "null")], "metadata", "not null"),
+        ("null", vec![("expires_after", "null")], "expires_after", "not null"),
         ("twice", vec![("metadata", r#"{"a": "1", "a": "2"}"#)], "metadata.a", "given twice"),
         (
             "too large",

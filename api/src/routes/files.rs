@@ -106,8 +106,10 @@ pub struct CreateFile {
     #[schema(value_type = String, format = Binary, content_media_type = "application/octet-stream", min_length = 1)]
     file: Vec<u8>,
     purpose: Purpose,
+    #[schema(value_type = ExpiresAfter, required = false)]
     expires_after: Option<ExpiresAfter>,
     /// As JSON text.
+    #[schema(value_type = Metadata, required = false)]
     metadata: Option<Metadata>,
 }
 
@@ -297,6 +299,10 @@ fn form_value(texts: std::collections::BTreeMap<String, String>) -> Result<Value
             }
             "metadata" | "expires_after" => {
                 let value = parse::json_text(&format!("`{name}`"), &text).map_err(|error| error.within(&name))?;
+                if value.is_null() {
+                    let message = format!("`{name}` must be an object, not null: leave it out.");
+                    return Err(ApiError::bad_request(name, message));
+                }
                 object.insert(name, value);
             }
             _ => drop(object.insert(name, text.into())),
