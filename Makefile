@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup env build run demo test chaos fuzz bench check fmt sqlx openapi sdk fresh image compose-test
+.PHONY: help setup env build run demo test chaos fuzz contract bench check fmt sqlx openapi sdk fresh image compose-test
 
 # The build's environment, from what setup fetched. SQL is checked against .sqlx, so no build needs
 # a database.
@@ -41,6 +41,10 @@ chaos: setup ## Faults at random moments of random jobs, 200 rounds of them, and
 # FUZZ_SECONDS: how long each of them.
 fuzz: setup ## Every reader of a stranger's bytes on made-up input, ten minutes each
 	@$(ENV) python3 .ci/fuzz.py
+
+# REQUESTS, SEED, HOLD: see docs/contract.md.
+contract: setup ## The whole OpenAPI document tried against a live server, 50,000 requests
+	@$(ENV) cargo build --locked --workspace --all-targets; python3 tests/contract/run.py
 
 # PART: one part alone, or several; docs/benchmarks.md lists them.
 bench: build ## What a user would pick instead, beside Lathe: a table with its verdict last
