@@ -5,7 +5,8 @@ use std::path::Path;
 use super::{
     halt::Halt,
     resolve,
-    run::{Data, Parts, Run},
+    run::{Data, Folders, Ledger, Run},
+    state::TrainState,
 };
 use crate::{
     arch::{Gpt, gpt},
@@ -38,7 +39,7 @@ pub fn prepare(task: &TrainTask, threads: usize, report: &mut Reporter) -> Resul
     let mut parameters = Parameters::trainable(device, spec.train.seed);
     let gpt = Gpt::new(&spec.model, &mut parameters);
     let optimizer = Adamw::new(&parameters, &spec.train.optimizer);
-    let mut state = Default::default();
+    let mut state = TrainState::default();
     let mut numerics_changed = false;
     if let (Some(folder), Some(manifest)) = (&task.resume, resumed) {
         checkpoint::load(folder, &parameters, &optimizer)?;
@@ -50,7 +51,10 @@ pub fn prepare(task: &TrainTask, threads: usize, report: &mut Reporter) -> Resul
     report.send(Report::Started { numerics: numerics.clone(), numerics_changed });
     report.send(Report::Resolved { spec: Box::new(spec.clone()), trained_tokens_per_epoch: data.train.total_supervised() });
     tracing::info!(parameters = gpt::parameter_count(&spec.model), sequences = data.train.len(), "prepared");
-    Ok(Run::new(task, Parts { spec, device, numerics, tokenizer, data, gpt, parameters, optimizer, state }))
+    let folders =
+        Folders { tokenizer: task.tokenizer.clone(), staging: task.staging.clone(), disk_low_bytes: task.disk_low_bytes };
+    let ledger = Ledger::begin(state.step);
+    Ok(Run { spec, device, numerics, tokenizer, data, gpt, parameters, optimizer, state, folders, ledger })
 }
 
 /// Takes over a base model's weights. The tokenizer is the base's own, or one that adds tokens to it.

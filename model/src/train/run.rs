@@ -22,7 +22,7 @@ use crate::{
     failure,
     nn::{Dropout, Parameters},
     optim::{Adamw, schedule},
-    protocol::{Level, MetricRow, Numerics, Report, TaskResult, TrainTask},
+    protocol::{Level, MetricRow, Numerics, Report, TaskResult},
     random::{self, Stream},
     shim::{self, Autocast},
     tokenizer::Tokenizer,
@@ -64,19 +64,6 @@ struct Pending {
     took: Option<Duration>,
 }
 
-/// What a run is made of.
-pub struct Parts {
-    pub spec: JobSpec,
-    pub device: Device,
-    pub numerics: Numerics,
-    pub tokenizer: Tokenizer,
-    pub data: Data,
-    pub gpt: Gpt,
-    pub parameters: Parameters,
-    pub optimizer: Adamw,
-    pub state: TrainState,
-}
-
 pub struct Run {
     pub spec: JobSpec,
     pub device: Device,
@@ -87,41 +74,37 @@ pub struct Run {
     pub parameters: Parameters,
     pub optimizer: Adamw,
     pub state: TrainState,
-    tokenizer_folder: PathBuf,
-    staging: PathBuf,
-    disk_low_bytes: u64,
+    pub folders: Folders,
+    pub ledger: Ledger,
+}
+
+/// Where a run reads its tokenizer and writes what it makes.
+pub struct Folders {
+    pub tokenizer: PathBuf,
+    pub staging: PathBuf,
+    pub disk_low_bytes: u64,
+}
+
+/// What this process has done of a run, and told.
+pub struct Ledger {
+    /// Oldest first.
     pending: VecDeque<Pending>,
     saved: (u64, Instant),
-    /// Where this process began, and when it last told how far it is.
+    /// Where this process began.
     begun: (u64, Instant),
+    /// When it last told how far it is.
     progress: Instant,
 }
 
-impl Run {
-    pub fn new(task: &TrainTask, parts: Parts) -> Run {
-        let Parts { spec, device, numerics, tokenizer, data, gpt, parameters, optimizer, state } = parts;
+impl Ledger {
+    /// Of a process that begins after `step`, which is saved.
+    pub fn begin(step: u64) -> Ledger {
         let now = Instant::now();
-        let saved = (state.step, now);
-        Run {
-            spec,
-            device,
-            numerics,
-            tokenizer,
-            data,
-            gpt,
-            parameters,
-            optimizer,
-            state,
-            tokenizer_folder: task.tokenizer.clone(),
-            staging: task.staging.clone(),
-            disk_low_bytes: task.disk_low_bytes,
-            pending: VecDeque::new(),
-            saved,
-            begun: saved,
-            progress: now,
-        }
+        Ledger { pending: VecDeque::new(), saved: (step, now), begun: (step, now), progress: now }
     }
+}
 
+impl Run {
     pub fn steps(&self) -> u64 {
         self.spec.train.steps.unwrap_or(1)
     }
@@ -182,7 +165,7 @@ impl Run {
         self.state.step = step;
         self.state.cursor = last;
         self.state.tokens += supervised;
-        self.pending.push_back(Pending { step, loss, grad_norm, learning_rate, supervised, tokens, begun, took: None });
+        self.ledger.pending.push_back(Pending { step, loss, grad_norm, learning_rate, supervised, tokens, begun, took: None });
         Ok(())
     }
 
@@ -195,8 +178,8 @@ impl Run {
     /// Reads the numbers of every finished step but the newest `newer`, reports them and looks for
     /// divergence. A validation loss belongs to the newest step.
     pub fn observe(&mut self, newer: usize, validation_loss: Option<f32>, report: &mut Reporter) -> Result<(), Halt> {
-        while self.pending.len() > newer {
-            let Some(finished) = self.pending.pop_front() else { break };
+        while self.ledger.pending.len() > newer {
+            let Some(finished) = self.ledger.pending.pop_front() else { break };
             let (loss, norm) = (finished.loss.double_value(&[]), finished.grad_norm.double_value(&[]));
             let (step, finite) = (finished.step, loss.is_finite() && norm.is_finite());
             self.state.loss = finite.then_some(loss as f32);
@@ -209,7 +192,7 @@ impl Run {
                     grad_norm: norm,
                     tokens: finished.supervised,
                     tokens_per_second: finished.tokens as f64 / took.as_secs_f64().max(1e-9),
-                    validation_loss: validation_loss.filter(|_| self.pending.is_empty()).map(f64::from),
+                    validation_loss: validation_loss.filter(|_| self.ledger.pending.is_empty()).map(f64::from),
                 };
                 self.state.newest = Some(row.clone());
                 report.send(Report::Metric { row });
@@ -224,11 +207,11 @@ impl Run {
                 report.event(Level::Error, "diverged", &failure.message, data);
             })?;
         }
-        if let Some(newest) = self.pending.back_mut().filter(|newest| newest.took.is_none()) {
+        if let Some(newest) = self.ledger.pending.back_mut().filter(|newest| newest.took.is_none()) {
             newest.took = Some(newest.begun.elapsed());
         }
-        if self.progress.elapsed() >= PROGRESS_INTERVAL || self.state.step == 1 {
-            self.progress = Instant::now();
+        if self.ledger.progress.elapsed() >= PROGRESS_INTERVAL || self.state.step == 1 {
+            self.ledger.progress = Instant::now();
             report.send(Report::Progress { step: self.state.step, seconds_per_step: self.seconds_per_step() });
         }
         Ok(())
@@ -236,7 +219,7 @@ impl Run {
 
     /// Wall time of a step in this process so far, with its share of evaluations and checkpoints.
     fn seconds_per_step(&self) -> Option<f64> {
-        let (first, begun) = self.begun;
+        let (first, begun) = self.ledger.begun;
         let steps = self.state.step.saturating_sub(first);
         (steps > 0).then(|| begun.elapsed().as_secs_f64() / steps as f64)
     }
@@ -257,13 +240,13 @@ impl Run {
     pub fn checkpoint_is_due(&self) -> bool {
         match self.spec.train.checkpoint_every {
             Some(every) => self.state.step.is_multiple_of(every.max(1)),
-            None => self.saved.1.elapsed() >= CHECKPOINT_INTERVAL,
+            None => self.ledger.saved.1.elapsed() >= CHECKPOINT_INTERVAL,
         }
     }
 
     /// Saves and reports the last finished step, unless that was done already.
     pub fn save(&mut self, best: bool, report: &mut Reporter) -> Result<(), Halt> {
-        if self.state.step == self.saved.0 {
+        if self.state.step == self.ledger.saved.0 {
             return Ok(());
         }
         self.observe(0, None, report)?;
@@ -271,7 +254,7 @@ impl Run {
         let begun = Instant::now();
         let folder = self.write(&self.state.step.to_string(), 0)?;
         let seconds = begun.elapsed().as_secs_f64();
-        self.saved = (self.state.step, Instant::now());
+        self.ledger.saved = (self.state.step, Instant::now());
         let (loss, validation_loss) = (self.state.loss.map(f64::from), self.state.validation_loss.map(f64::from));
         report.send(Report::Checkpoint { step: self.state.step, folder, loss, validation_loss, best, seconds });
         Ok(())
@@ -281,7 +264,7 @@ impl Run {
     /// checkpoint is met before the work and not after it.
     pub fn rehearse_saving(&mut self, report: &mut Reporter) -> Result<(), Halt> {
         let begun = Instant::now();
-        let folder = self.write("rehearsal", self.disk_low_bytes)?;
+        let folder = self.write("rehearsal", self.folders.disk_low_bytes)?;
         checkpoint::verify(&folder)?;
         checkpoint::load(&folder, &self.parameters, &self.optimizer)?;
         std::fs::remove_dir_all(&folder).map_err(failure::io)?;
@@ -291,14 +274,14 @@ impl Run {
     }
 
     fn write(&self, name: &str, reserve_bytes: u64) -> Result<PathBuf, Halt> {
-        let folder = self.staging.join(name);
+        let folder = self.folders.staging.join(name);
         let trained = Trained {
             spec: &self.spec,
             state: &self.state,
             numerics: &self.numerics,
             parameters: &self.parameters,
             optimizer: &self.optimizer,
-            tokenizer: &self.tokenizer_folder,
+            tokenizer: &self.folders.tokenizer,
         };
         checkpoint::save(&folder, &trained, reserve_bytes)?;
         Ok(folder)
@@ -306,8 +289,8 @@ impl Run {
 
     /// Writes the model's folder.
     pub fn publish(&self) -> Result<TaskResult, Halt> {
-        let folder = self.staging.join("model");
-        let weights_sha256 = checkpoint::save_model(&folder, &self.spec, &self.parameters, &self.tokenizer_folder, 0)?;
+        let folder = self.folders.staging.join("model");
+        let weights_sha256 = checkpoint::save_model(&folder, &self.spec, &self.parameters, &self.folders.tokenizer, 0)?;
         let template = match self.spec.method {
             Method::Instruction { template } => Some(template.name().to_owned()),
             Method::Pretrain { .. } => None,
