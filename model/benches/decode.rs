@@ -13,7 +13,7 @@
 use std::{path::Path, sync::mpsc::channel, time::Instant};
 
 use lathe_model::{
-    arch::Gpt,
+    arch::Model,
     config::Sampling,
     engine::{Dtype, Engine, EngineConfig, EngineHandle, Event, Generation},
     nn::Parameters,
@@ -67,7 +67,7 @@ impl Case {
         let kind = if self.dtype == Dtype::Bf16 { Kind::BFloat16 } else { Kind::Float };
         let mut frozen = Parameters::frozen(Device::Cpu, kind);
         let config = self.shape.config();
-        let model = Gpt::new(&config, &mut frozen);
+        let model = Model::new(&config, &mut frozen);
         for (target, source) in frozen.entries().iter().zip(seeded.entries()) {
             target.tensor.shallow_clone().copy_(&source.tensor.detach());
         }

@@ -21,7 +21,6 @@ use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    arch::Gpt,
     config::{JobSpec, Method, ModelConfig, Template},
     failure,
     nn::Parameters,
@@ -194,15 +193,6 @@ fn write_model_files(folder: &Path, spec: &JobSpec, tokenizer: &Path, weights_sh
         weights_sha256,
     };
     write_json(&folder.join(CONFIG), &file).map_err(failure::io)
-}
-
-/// A model to run: its weights in `kind` on `device`, without gradients.
-pub fn load_model(folder: &Path, device: Device, kind: Kind) -> Result<(Gpt, ModelConfig, Option<Template>), Failure> {
-    let file = read_model_file(folder)?;
-    let mut parameters = Parameters::frozen(device, kind);
-    let gpt = Gpt::new(&file.model, &mut parameters);
-    load_weights(folder, &parameters)?;
-    Ok((gpt, file.model, file.template))
 }
 
 /// What a model's folder says of it.

@@ -8,41 +8,37 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::arch::Architecture;
+
 /// Version of [`JobSpec`] as stored in rows and checkpoints. Readers accept every earlier one.
 pub const SPEC_VERSION: u32 = 1;
 
 /// The vocabulary is padded to a multiple of this in memory. Padded rows are zero, their logits −∞.
 pub const VOCABULARY_MULTIPLE: i64 = 64;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Architecture {
-    Gpt,
+listed_enum! {
+    Positions {
+        /// A trained table, one row a position (GPT, GPT-2).
+        Learned,
+        /// Rotary embedding of queries and keys (Su et al., arXiv 2104.09864), half-split layout.
+        Rotary,
+    }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Positions {
-    /// A trained table, one row a position (GPT, GPT-2).
-    Learned,
-    /// Rotary embedding of queries and keys (Su et al., arXiv 2104.09864), half-split layout.
-    Rotary,
+listed_enum! {
+    Norm {
+        Layer,
+        Rms,
+    }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Norm {
-    Layer,
-    Rms,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Activation {
-    /// The tanh approximation, as GPT-2 uses it.
-    Gelu,
-    /// `silu(gate(x)) * up(x)` (Shazeer, arXiv 2002.05202).
-    Swiglu,
+listed_enum! {
+    Activation {
+        /// The tanh approximation, as GPT-2 uses it.
+        Gelu,
+        /// `silu(gate(x)) * up(x)` (Shazeer, arXiv 2002.05202).
+        Swiglu,
+    }
 }
 
 /// The shape of a model, every field resolved except what comes from the tokenizer.
@@ -78,25 +74,25 @@ impl ModelConfig {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Precision {
-    /// fp32 parameters, bf16 autocast in the forward pass.
-    Bf16,
-    Fp32,
+listed_enum! {
+    Precision {
+        /// fp32 parameters, bf16 autocast in the forward pass.
+        Bf16,
+        Fp32,
+    }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Objective {
-    CausalLm,
+listed_enum! {
+    Objective {
+        CausalLm,
+    }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Template {
-    /// `[INS] instruction [INS] output EOS`, see [`crate::template`].
-    Ins,
+listed_enum! {
+    Template {
+        /// `[INS] instruction [INS] output EOS`, see [`crate::template`].
+        Ins,
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -2,6 +2,9 @@
 //!
 //! Knows no SQL and no HTTP; the only crate that names tch.
 
+#[macro_use]
+mod listed;
+
 pub mod arch;
 pub mod checkpoint;
 pub mod config;

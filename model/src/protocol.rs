@@ -172,21 +172,21 @@ pub enum Report {
     },
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Phase {
-    Preparing,
-    Training,
-    Evaluating,
-    Publishing,
+listed_enum! {
+    Phase {
+        Preparing,
+        Training,
+        Evaluating,
+        Publishing,
+    }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Level {
-    Info,
-    Warn,
-    Error,
+listed_enum! {
+    Level {
+        Info,
+        Warn,
+        Error,
+    }
 }
 
 /// One row of `/metrics`; absent where not measured.
@@ -226,22 +226,8 @@ pub struct Failure {
     pub retryable: bool,
 }
 
-/// An enum with the list of its variants.
-macro_rules! listed_enum {
-    ($(#[$meta:meta])* $name:ident { $($(#[$variant_meta:meta])* $variant:ident,)+ }) => {
-        $(#[$meta])*
-        pub enum $name { $($(#[$variant_meta])* $variant),+ }
-
-        impl $name {
-            pub const ALL: &'static [$name] = &[$($name::$variant),+];
-        }
-    };
-}
-
 listed_enum! {
     /// The closed list of reasons for which a job, dataset, tokenizer or model becomes `failed`.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-    #[serde(rename_all = "snake_case")]
     FailureCode {
         BadRows,
         NoValidRows,

@@ -8,7 +8,7 @@ use std::{
 };
 
 use lathe_model::{
-    arch::Gpt,
+    arch::Model,
     config::{Activation, Architecture, ModelConfig, Norm, Positions},
     nn::Parameters,
 };
@@ -52,9 +52,9 @@ impl Shape {
     }
 
     /// A model of this shape with its initial weights.
-    pub fn seeded(&self) -> (Gpt, Parameters) {
+    pub fn seeded(&self) -> (Model, Parameters) {
         let mut parameters = Parameters::trainable(Device::Cpu, SEED);
-        (Gpt::new(&self.config(), &mut parameters), parameters)
+        (Model::new(&self.config(), &mut parameters), parameters)
     }
 
     /// What a peer is told of the shape and the weights in `file`; `more` is added.

@@ -10,7 +10,7 @@ use tch::Tensor;
 
 use crate::{
     config::{Activation, ModelConfig, Norm, Positions},
-    nn::{Angles, Attention, AttentionPlan, Dropout, Embedding, Mlp, NormLayer, Packed, Parameters, Rotary, Site},
+    nn::{Angles, Attention, Embedding, Mlp, NormLayer, Packed, Parameters, Pass, Rotary, Site},
 };
 
 const INITIAL_STD: f64 = 0.02;
@@ -38,25 +38,10 @@ impl Block {
 
     fn forward(&self, layer: usize, x_btc: &Tensor, angles: Option<&Angles>, pass: &mut Pass) -> Tensor {
         let attended = self.attention.forward(layer, &self.attention_norm.forward(x_btc), angles, pass.plan);
-        let x_btc = x_btc + dropped(pass.dropout, attended, layer, Site::Attention);
+        let x_btc = x_btc + pass.dropped(attended, layer, Site::Attention);
         let fed = self.mlp.forward(&self.mlp_norm.forward(&x_btc));
-        &x_btc + dropped(pass.dropout, fed, layer, Site::Mlp)
+        &x_btc + pass.dropped(fed, layer, Site::Mlp)
     }
-}
-
-fn dropped(dropout: Option<&Dropout>, x_btc: Tensor, layer: usize, site: Site) -> Tensor {
-    match dropout {
-        Some(dropout) => dropout.apply(&x_btc, layer, site),
-        None => x_btc,
-    }
-}
-
-/// What accompanies the tokens through a forward pass.
-#[derive(Debug)]
-pub struct Pass<'a> {
-    pub plan: &'a mut AttentionPlan,
-    /// `None` outside training and where the model has none.
-    pub dropout: Option<&'a Dropout>,
 }
 
 #[derive(Debug)]
@@ -73,7 +58,6 @@ pub struct Gpt {
 }
 
 impl Gpt {
-    /// Builds the model and adds its parameters, named in a fixed order, to `parameters`.
     pub fn new(config: &ModelConfig, parameters: &mut Parameters) -> Gpt {
         let (rows, padded) = (config.vocabulary, config.padded_vocabulary());
         let table = |parameters: &mut Parameters, name, rows, padded| {
@@ -89,8 +73,6 @@ impl Gpt {
         Gpt { tokens, positions, rotary, blocks, norm, head, packed_head: None }
     }
 
-    /// Lays the weights out for answering alone, where the device has such a layout. Parameters are not
-    /// looked at any more; training and saving are over.
     pub fn pack(&mut self) {
         for block in &mut self.blocks {
             block.attention.pack();
@@ -102,21 +84,19 @@ impl Gpt {
         }
     }
 
-    /// The normed state over every position, `(b, t, width)`. Positions count within each document.
     pub fn hidden(&self, tokens_bt: &Tensor, positions_bt: &Tensor, pass: &mut Pass) -> Tensor {
         let mut x_btc = self.tokens.forward(tokens_bt);
         if let Some(table) = &self.positions {
             x_btc = x_btc + table.forward(positions_bt);
         }
         let angles = self.rotary.as_ref().map(|rotary| rotary.angles(positions_bt));
-        x_btc = dropped(pass.dropout, x_btc, 0, Site::Embedding);
+        x_btc = pass.dropped(x_btc, 0, Site::Embedding);
         for (layer, block) in self.blocks.iter().enumerate() {
             x_btc = block.forward(layer, &x_btc, angles.as_ref(), pass);
         }
         self.norm.forward(&x_btc)
     }
 
-    /// Logits `(…, vocabulary)` of hidden states `(…, width)`; padded rows of the vocabulary have none.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
         if let Some(packed) = &self.packed_head {
             return packed.product(hidden, None, false);
@@ -125,25 +105,19 @@ impl Gpt {
         hidden.linear(&table.unpadded(), None::<&Tensor>)
     }
 
-    /// Logits of every position, without dropout.
-    pub fn forward(&self, tokens_bt: &Tensor, positions_bt: &Tensor, plan: &mut AttentionPlan) -> Tensor {
-        self.logits(&self.hidden(tokens_bt, positions_bt, &mut Pass { plan, dropout: None }))
+    pub fn parameter_count(config: &ModelConfig) -> u64 {
+        let bias = i64::from(config.bias);
+        let linear = |inputs: i64, outputs: i64| outputs * (inputs + bias);
+        let norm = config.width * if config.norm == Norm::Layer { 1 + bias } else { 1 };
+        let (query, shared) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let attention = linear(config.width, query + 2 * shared) + linear(query, config.width);
+        let ups = if config.activation == Activation::Swiglu { 2 } else { 1 };
+        let mlp = ups * linear(config.width, config.mlp_width) + linear(config.mlp_width, config.width);
+        let tables = 1 + i64::from(!config.tie_embeddings);
+        let positions = if config.positions == Positions::Learned { config.context } else { 0 };
+        let embeddings = (tables * config.vocabulary + positions) * config.width;
+        (embeddings + config.layers * (attention + mlp + 2 * norm) + norm) as u64
     }
-}
-
-/// Numbers in the model with this shape, without building it.
-pub fn parameter_count(config: &ModelConfig) -> u64 {
-    let bias = i64::from(config.bias);
-    let linear = |inputs: i64, outputs: i64| outputs * (inputs + bias);
-    let norm = config.width * if config.norm == Norm::Layer { 1 + bias } else { 1 };
-    let (query, shared) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-    let attention = linear(config.width, query + 2 * shared) + linear(query, config.width);
-    let ups = if config.activation == Activation::Swiglu { 2 } else { 1 };
-    let mlp = ups * linear(config.width, config.mlp_width) + linear(config.mlp_width, config.width);
-    let tables = 1 + i64::from(!config.tie_embeddings);
-    let positions = if config.positions == Positions::Learned { config.context } else { 0 };
-    let embeddings = (tables * config.vocabulary + positions) * config.width;
-    (embeddings + config.layers * (attention + mlp + 2 * norm) + norm) as u64
 }
 
 #[cfg(test)]

@@ -6,9 +6,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::scheduler::{Chunk, Step};
 use crate::{
-    arch::gpt::{Gpt, Pass},
+    arch::Model,
     config::ModelConfig,
-    nn::{AttentionPlan, CacheShape, KvCache, Placement, Row, Span},
+    nn::{AttentionPlan, CacheShape, KvCache, Pass, Placement, Row, Span},
 };
 
 /// Rows of logits on the host, one value an id.
@@ -86,13 +86,13 @@ impl Computation {
 }
 
 pub(super) struct Forward {
-    model: Gpt,
+    model: Model,
     cache: KvCache,
     device: Device,
 }
 
 impl Forward {
-    pub(super) fn new(mut model: Gpt, config: &ModelConfig, kind: Kind, device: Device) -> Forward {
+    pub(super) fn new(mut model: Model, config: &ModelConfig, kind: Kind, device: Device) -> Forward {
         let &ModelConfig { layers, heads, kv_heads, head_dim, .. } = config;
         model.pack();
         Forward { model, cache: KvCache::new(CacheShape { layers, heads, kv_heads, head_dim, kind, device }), device }

@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use super::{Dtype, StartError};
-use crate::{arch::Gpt, checkpoint, config::ModelConfig, nn::Parameters, protocol::Failure, tokenizer::Tokenizer};
+use crate::{arch::Model, checkpoint, config::ModelConfig, nn::Parameters, protocol::Failure, tokenizer::Tokenizer};
 
 pub(super) struct Loaded {
-    pub(super) model: Gpt,
+    pub(super) model: Model,
     pub(super) shape: ModelConfig,
     /// Reserved ids but EOS.
     pub(super) never: Vec<u32>,
@@ -34,7 +34,7 @@ pub(super) fn load(folder: &Path, shape: ModelConfig, dtype: Dtype, device: tch:
         return Err(StartError::Model(format!("its tokenizer has {tokens} tokens, its embedding {rows}")));
     }
     let mut parameters = Parameters::frozen(device, dtype.kind());
-    let model = Gpt::new(&shape, &mut parameters);
+    let model = Model::new(&shape, &mut parameters);
     checkpoint::load_weights(folder, &parameters).map_err(unreadable)?;
     let eos = tokenizer.roles().eos;
     Ok(Loaded { model, shape, never: tokenizer.reserved().into_iter().filter(|&id| id != eos).collect() })

@@ -28,7 +28,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    arch::{Gpt, gpt::parameter_count},
+    arch::Model,
     config::{ModelConfig, Sampling},
     nn::Packed,
     protocol::DeviceChoice,
@@ -108,8 +108,8 @@ impl EngineConfig {
         let cache = whole.saturating_mul(position_bytes(model, self.dtype)).min(self.cache_bytes);
         // A table that is the output projection too is there in the layout of both.
         let table = if model.tie_embeddings { (model.vocabulary * model.width) as u64 } else { 0 };
-        let weights = (parameter_count(model) + table) * self.dtype.kind().elt_size_in_bytes() as u64;
-        weights.saturating_add(Packed::small_bytes(parameter_count(model))).saturating_add(cache)
+        let weights = (Model::parameter_count(model) + table) * self.dtype.kind().elt_size_in_bytes() as u64;
+        weights.saturating_add(Packed::small_bytes(Model::parameter_count(model))).saturating_add(cache)
     }
 }
 
@@ -323,7 +323,7 @@ impl Engine {
 
     /// Starts a thread for a model in memory, whose weights have the config's type and device.
     /// `never`: ids that are never chosen.
-    pub fn spawn(model: Gpt, shape: ModelConfig, never: Vec<u32>, config: &EngineConfig) -> Result<EngineHandle, StartError> {
+    pub fn spawn(model: Model, shape: ModelConfig, never: Vec<u32>, config: &EngineConfig) -> Result<EngineHandle, StartError> {
         let limits = limits(&shape, config)?;
         let forward = Forward::new(model, &shape, config.dtype.kind(), device(config.device));
         let sampler = Sampler::new(shape.vocabulary as usize, never);
@@ -348,7 +348,7 @@ impl Engine {
 const SHARED_FROM_PARAMETERS: u64 = 16_000_000;
 
 fn threads(shape: &ModelConfig) -> usize {
-    match parameter_count(shape) < SHARED_FROM_PARAMETERS {
+    match Model::parameter_count(shape) < SHARED_FROM_PARAMETERS {
         true => 1,
         false => std::thread::available_parallelism().map_or(1, |cores| cores.get()),
     }

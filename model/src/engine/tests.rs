@@ -39,9 +39,9 @@ fn shape(positions: Positions, kv_heads: i64) -> ModelConfig {
 }
 
 /// Weights wide enough that attention and the choice of tokens are far from uniform.
-fn model(shape: &ModelConfig) -> Gpt {
+fn model(shape: &ModelConfig) -> Model {
     let mut parameters = Parameters::trainable(Device::Cpu, 5);
-    let model = Gpt::new(shape, &mut parameters);
+    let model = Model::new(shape, &mut parameters);
     let _no_grad = tch::no_grad_guard();
     for entry in parameters.entries().iter().filter(|entry| entry.is_matrix()) {
         let mut tensor = entry.tensor.shallow_clone();
@@ -256,7 +256,7 @@ fn bad_requests_are_refused_with_both_numbers() {
 fn a_broken_sequence_harms_no_other() {
     let shape = shape(Positions::Learned, 4);
     let mut parameters = Parameters::trainable(Device::Cpu, 5);
-    let gpt = Gpt::new(&shape, &mut parameters);
+    let gpt = Model::new(&shape, &mut parameters);
     let poison: u32 = 50;
     {
         let _no_grad = tch::no_grad_guard();
@@ -285,7 +285,7 @@ fn folder(shape: &ModelConfig) -> tempfile::TempDir {
     writer.finish().unwrap();
     tokenizer::train(&folder.path().join("dataset"), tokenizer::MIN_VOCABULARY, folder.path()).unwrap();
     let mut parameters = Parameters::trainable(Device::Cpu, 5);
-    Gpt::new(shape, &mut parameters);
+    Model::new(shape, &mut parameters);
     let weights: Vec<(&str, Tensor)> = parameters.logical().into_iter().collect();
     Tensor::write_safetensors(&weights, folder.path().join("weights.safetensors")).unwrap();
     std::fs::write(folder.path().join("config.json"), serde_json::json!({"model": shape}).to_string()).unwrap();

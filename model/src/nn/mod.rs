@@ -14,6 +14,7 @@ mod layers;
 mod masked;
 mod packed;
 mod parameters;
+mod pass;
 mod rotary;
 
 pub use attention::{Attention, AttentionPlan};
@@ -26,4 +27,5 @@ pub use layers::{Embedding, Linear, Mlp, NormLayer};
 pub use masked::MaskedAttention;
 pub use packed::Packed;
 pub use parameters::{Init, Parameter, Parameters, Part};
+pub use pass::Pass;
 pub use rotary::{Angles, Rotary};

@@ -7,11 +7,10 @@ use tch::{Kind, Tensor};
 
 use super::{halt::Halt, run::Run};
 use crate::{
-    arch::gpt::Pass,
     config::Method,
     control::{Control, Reporter},
     data::batch::Batch,
-    nn::AttentionPlan,
+    nn::{AttentionPlan, Pass},
     protocol::{Phase, Report},
     pulse, template,
 };
@@ -76,8 +75,8 @@ pub fn sample(run: &Run, prompt: &str) -> String {
         let tokens_bt = Tensor::from_slice(&tokens).unsqueeze(0).to_device(run.device);
         let positions_bt = Tensor::arange(ids.len() as i64, (Kind::Int64, run.device)).unsqueeze(0);
         let mut pass = Pass { plan: &mut AttentionPlan::Causal, dropout: None };
-        let hidden = run.gpt.hidden(&tokens_bt, &positions_bt, &mut pass);
-        let next = run.gpt.logits(&hidden.select(1, -1)).argmax(-1, false).int64_value(&[0]) as u32;
+        let hidden = run.model.hidden(&tokens_bt, &positions_bt, &mut pass);
+        let next = run.model.logits(&hidden.select(1, -1)).argmax(-1, false).int64_value(&[0]) as u32;
         if next == tokenizer.roles().eos {
             break;
         }

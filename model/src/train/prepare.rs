@@ -9,7 +9,7 @@ use super::{
     state::TrainState,
 };
 use crate::{
-    arch::{Gpt, gpt},
+    arch::Model,
     checkpoint,
     config::{Method, Precision, Validation},
     control::Reporter,
@@ -37,7 +37,7 @@ pub fn prepare(task: &TrainTask, threads: usize, report: &mut Reporter) -> Resul
     resolve::resolve(&mut spec.train, &spec.model, data.train.len(), !data.validation.is_empty(), device);
     let numerics = numerics(device, threads, spec.train.precision);
     let mut parameters = Parameters::trainable(device, spec.train.seed);
-    let gpt = Gpt::new(&spec.model, &mut parameters);
+    let model = Model::new(&spec.model, &mut parameters);
     let optimizer = Adamw::new(&parameters, &spec.train.optimizer);
     let mut state = TrainState::default();
     let mut numerics_changed = false;
@@ -50,11 +50,11 @@ pub fn prepare(task: &TrainTask, threads: usize, report: &mut Reporter) -> Resul
     }
     report.send(Report::Started { numerics: numerics.clone(), numerics_changed });
     report.send(Report::Resolved { spec: Box::new(spec.clone()), trained_tokens_per_epoch: data.train.total_supervised() });
-    tracing::info!(parameters = gpt::parameter_count(&spec.model), sequences = data.train.len(), "prepared");
+    tracing::info!(parameters = Model::parameter_count(&spec.model), sequences = data.train.len(), "prepared");
     let folders =
         Folders { tokenizer: task.tokenizer.clone(), staging: task.staging.clone(), disk_low_bytes: task.disk_low_bytes };
     let ledger = Ledger::begin(state.step);
-    Ok(Run { spec, device, numerics, tokenizer, data, gpt, parameters, optimizer, state, folders, ledger })
+    Ok(Run { spec, device, numerics, tokenizer, data, model, parameters, optimizer, state, folders, ledger })
 }
 
 /// Takes over a base model's weights. The tokenizer is the base's own, or one that adds tokens to it.

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{halt::Halt, state::TrainState};
 use crate::{
-    arch::{Gpt, gpt::Pass},
+    arch::Model,
     checkpoint::{self, Trained},
     config::{JobSpec, Method, Precision},
     control::{Control, Reporter},
@@ -20,7 +20,7 @@ use crate::{
         shards::Shard,
     },
     failure,
-    nn::{Dropout, Parameters},
+    nn::{Dropout, Parameters, Pass},
     optim::{Adamw, schedule},
     protocol::{Level, MetricRow, Numerics, Report, TaskResult},
     random::{self, Stream},
@@ -70,7 +70,7 @@ pub struct Run {
     pub numerics: Numerics,
     pub tokenizer: Tokenizer,
     pub data: Data,
-    pub gpt: Gpt,
+    pub model: Model,
     pub parameters: Parameters,
     pub optimizer: Adamw,
     pub state: TrainState,
@@ -122,7 +122,7 @@ impl Run {
         let bf16 = self.spec.train.precision == Some(Precision::Bf16);
         let autocast = bf16.then(|| Autocast::bf16(self.device)).transpose()?;
         let mut pass = Pass { plan: &mut batch.plan, dropout };
-        let hidden_btc = self.gpt.hidden(&batch.tokens_bt, &batch.positions_bt, &mut pass);
+        let hidden_btc = self.model.hidden(&batch.tokens_bt, &batch.positions_bt, &mut pass);
         let width = *hidden_btc.size().last().unwrap_or(&0);
         let hidden_tc = hidden_btc.view([-1, width]);
         // Where all positions are supervised there is nothing to choose.
@@ -130,7 +130,7 @@ impl Run {
             None => hidden_tc,
             Some(chosen) => shim::move_rows(&hidden_tc, &chosen.places, &chosen.back, &chosen.unused)?,
         };
-        let logits_nv = self.gpt.logits(&hidden_nc).to_kind(Kind::Float);
+        let logits_nv = self.model.logits(&hidden_nc).to_kind(Kind::Float);
         drop(autocast);
         Ok(logits_nv.cross_entropy_loss(&batch.targets_n, None::<Tensor>, tch::Reduction::Sum, -100, 0.0))
     }

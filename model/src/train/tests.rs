@@ -173,7 +173,8 @@ fn a_tiny_set_is_learned_by_heart_and_answers() {
         _ => None,
     });
     assert_eq!(answer.unwrap(), "woof");
-    let (_, config, template) = checkpoint::load_model(&task.staging.join("model"), tch::Device::Cpu, tch::Kind::Float).unwrap();
+    let file = checkpoint::read_model_file(&task.staging.join("model")).unwrap();
+    let (config, template) = (file.model, file.template);
     assert_eq!((config, template), (task.spec.model, Some(Template::Ins)));
 }
 

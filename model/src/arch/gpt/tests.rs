@@ -1,7 +1,11 @@
 use tch::{Device, IndexOp, Kind, Tensor};
 
 use super::*;
-use crate::{config::Architecture, nn::Parameter};
+use crate::{
+    arch::Model,
+    config::Architecture,
+    nn::{AttentionPlan, Dropout, Parameter},
+};
 
 fn config() -> ModelConfig {
     ModelConfig {
@@ -42,9 +46,9 @@ fn variants() -> Vec<ModelConfig> {
     variants
 }
 
-fn build(config: &ModelConfig) -> (Gpt, Parameters) {
+fn build(config: &ModelConfig) -> (Model, Parameters) {
     let mut parameters = Parameters::trainable(Device::Cpu, 1);
-    let gpt = Gpt::new(config, &mut parameters);
+    let gpt = Model::new(config, &mut parameters);
     (gpt, parameters)
 }
 
@@ -66,7 +70,7 @@ fn assert_close(a: &Tensor, b: &Tensor, tolerance: f64, what: &str) {
 fn counts_agree_with_the_built_model() {
     for config in variants() {
         let (_, parameters) = build(&config);
-        assert_eq!(parameters.count(), parameter_count(&config), "{config:?}");
+        assert_eq!(parameters.count(), Model::parameter_count(&config), "{config:?}");
     }
 }
 
