@@ -25,6 +25,7 @@ mod made;
 pub mod metadata;
 pub mod migrate;
 pub mod multipart;
+mod names;
 pub mod openapi;
 pub mod otlp;
 pub mod page;

@@ -19,7 +19,7 @@ macro_rules! list_made {
             &page,
             "AND project_id = $4 AND ($5::text IS NULL OR state = $5) AND ($6::text IS NULL OR name = $6)",
             $project_id,
-            query.state.map(crate::resource::StateName::as_str),
+            query.state.map(|state| state.0.as_str()),
             query.name,
         )?;
         let objects = rows.into_iter().map($object::from).collect();

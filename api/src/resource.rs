@@ -21,38 +21,11 @@ use utoipa::{
     },
 };
 
-use crate::{page::Order, problem::ApiError, state::AppState, train_request::MAX_ATTEMPTS};
+use crate::{names::names, page::Order, problem::ApiError, state::AppState, train_request::MAX_ATTEMPTS};
 
-/// Where a dataset, tokenizer or model stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum StateName {
-    Queued,
-    Running,
-    Ready,
-    Failed,
-}
-
-impl From<ResourceState> for StateName {
-    fn from(state: ResourceState) -> StateName {
-        match state {
-            ResourceState::Queued => StateName::Queued,
-            ResourceState::Running => StateName::Running,
-            ResourceState::Ready => StateName::Ready,
-            ResourceState::Failed => StateName::Failed,
-        }
-    }
-}
-
-impl StateName {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            StateName::Queued => "queued",
-            StateName::Running => "running",
-            StateName::Ready => "ready",
-            StateName::Failed => "failed",
-        }
-    }
+names! {
+    /// Where a dataset, tokenizer or model stands.
+    StateName(ResourceState),
 }
 
 /// Why a job or what it was to make failed.
@@ -139,9 +112,9 @@ pub fn unknown(what: &str, id: &str, param: &str) -> ApiError {
 
 /// The status of an answer about something still being computed.
 pub fn computed_or_not(state: StateName) -> StatusCode {
-    match state {
-        StateName::Queued | StateName::Running => StatusCode::ACCEPTED,
-        StateName::Ready | StateName::Failed => StatusCode::OK,
+    match state.0 {
+        ResourceState::Queued | ResourceState::Running => StatusCode::ACCEPTED,
+        ResourceState::Ready | ResourceState::Failed => StatusCode::OK,
     }
 }
 

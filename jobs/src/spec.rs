@@ -4,7 +4,10 @@
 //! column `jobs.kind` too, except that an import is a job of kind `tokenizer`. A job outlives the binary
 //! that stored it: [`Spec::read`] reads every earlier version.
 
-use lathe_model::config::{JobSpec, SPEC_VERSION};
+use lathe_model::{
+    config::{JobSpec, SPEC_VERSION},
+    listed_enum,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -86,36 +89,39 @@ pub enum DatasetSource {
     },
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Format {
-    /// Decided by name and content, file by file.
-    #[default]
-    Auto,
-    Text,
-    Jsonl,
-    Json,
-    Csv,
-    Parquet,
+listed_enum! {
+    #[derive(Default)]
+    Format {
+        /// Decided by name and content, file by file.
+        #[default]
+        Auto,
+        Text,
+        Jsonl,
+        Json,
+        Csv,
+        Parquet,
+    }
 }
 
-/// Where a plain text is cut into documents.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Documents {
-    #[default]
-    File,
-    BlankLine,
-    Line,
+listed_enum! {
+    /// Where a plain text is cut into documents.
+    #[derive(Default)]
+    Documents {
+        #[default]
+        File,
+        BlankLine,
+        Line,
+    }
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OnBadRow {
-    /// One bad row fails the dataset.
-    #[default]
-    Reject,
-    Skip,
+listed_enum! {
+    #[derive(Default)]
+    OnBadRow {
+        /// One bad row fails the dataset.
+        #[default]
+        Reject,
+        Skip,
+    }
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ from lathe_client import (
     CreateDataset,
     CreateTokenizer,
     DatasetsApi,
+    ArchitectureName,
     ChatCompletionChunk,
     Completion,
     EventObject,
@@ -21,8 +22,6 @@ from lathe_client import (
     FilesSource,
     FilesType,
     GenerationApi,
-    GptArchitecture,
-    GptBody,
     HyperparametersBody,
     InstructionBody,
     InstructionMethod,
@@ -37,6 +36,7 @@ from lathe_client import (
     PretrainType,
     PromptField,
     Purpose,
+    ShapeBody,
     SourceBody,
     TokenizersApi,
     TrainableType,
@@ -82,7 +82,7 @@ def make_tokenizer():
 
 
 def pretrain():
-    shape = GptBody(architecture=GptArchitecture.GPT, layers=1, heads=2, width=32, context=32)
+    shape = ShapeBody(architecture=ArchitectureName.GPT, layers=1, heads=2, width=32, context=32)
     body = PretrainBody(
         name="base",
         dataset=dataset.id,

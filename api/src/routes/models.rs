@@ -208,7 +208,7 @@ async fn get_model(
         found = ModelObject {
             id,
             created: checkpoint.created_at.unix_timestamp(),
-            state: StateName::Ready,
+            state: ResourceState::Ready.into(),
             error: None,
             weights_sha256: None,
             ..found

@@ -9,7 +9,7 @@ use utoipa::{
 };
 
 use super::contradiction;
-use crate::{problem::ApiError, schema};
+use crate::{names::names, problem::ApiError, schema};
 
 /// Default `hyperparameters.max_attempts`.
 pub const MAX_ATTEMPTS: i32 = 3;
@@ -67,12 +67,8 @@ pub struct HyperparametersBody {
 #[schema(min_length = 1, max_length = 10000)]
 pub struct SamplePrompt(pub String);
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum PrecisionName {
-    /// fp32 parameters, bf16 autocast in the forward pass.
-    Bf16,
-    Fp32,
+names! {
+    PrecisionName(Precision),
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
@@ -200,10 +196,7 @@ impl HyperparametersBody {
             epochs: self.epochs.or(if self.steps.is_none() { Some(1.0) } else { None }),
             batch_size,
             micro_batch_size: self.micro_batch_size,
-            precision: self.precision.map(|precision| match precision {
-                PrecisionName::Bf16 => Precision::Bf16,
-                PrecisionName::Fp32 => Precision::Fp32,
-            }),
+            precision: self.precision.map(|name| name.0),
             optimizer: self.optimizer.unwrap_or_default().resolve(),
             schedule: self.schedule.unwrap_or_default().0.resolve(method, self.steps)?,
             clip: self.clip.unwrap_or(1.0),

@@ -17,7 +17,7 @@ use utoipa::ToSchema;
 pub use hyperparameters::{HyperparametersBody, MAX_ATTEMPTS};
 pub use model::ModelBody;
 
-use crate::{metadata::Metadata, problem::ApiError};
+use crate::{metadata::Metadata, names::names, problem::ApiError};
 
 /// 422: every field is valid, together they are not.
 fn contradiction(param: &str, message: &str) -> ApiError {
@@ -30,10 +30,9 @@ pub enum PretrainType {
     Pretrain,
 }
 
-#[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum ObjectiveName {
-    CausalLm,
+names! {
+    ObjectiveName(Objective),
+    TemplateName(Template),
 }
 
 /// Next-token loss on every token.
@@ -49,12 +48,6 @@ pub struct PretrainMethod {
 #[serde(rename_all = "snake_case")]
 pub enum InstructionType {
     Instruction,
-}
-
-#[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum TemplateName {
-    Ins,
 }
 
 /// Loss on the output and its end token only.
@@ -231,16 +224,12 @@ impl TrainBody {
     pub fn resolve(self) -> Result<TrainRequest, ApiError> {
         match self {
             TrainBody::Pretrain(body) => {
-                let objective = match body.method.objective {
-                    Some(ObjectiveName::CausalLm) | None => Objective::CausalLm,
-                };
+                let objective = body.method.objective.map_or(Objective::CausalLm, |name| name.0);
                 let origin = Origin::Fresh { model: body.model.resolve()?, tokenizer: body.tokenizer.clone() };
                 body.request(Method::Pretrain { objective }, origin)
             }
             TrainBody::Instruction(body) => {
-                let template = match body.method.template {
-                    Some(TemplateName::Ins) | None => Template::Ins,
-                };
+                let template = body.method.template.map_or(Template::Ins, |name| name.0);
                 let origin = Origin::Base { model: body.base_model.clone(), tokenizer: body.tokenizer.clone() };
                 body.request(Method::Instruction { template }, origin)
             }

@@ -9,7 +9,7 @@ use utoipa::{
 };
 
 use super::contradiction;
-use crate::{problem::ApiError, schema};
+use crate::{names::names, problem::ApiError, schema};
 
 /// The default width of a swiglu layer is a multiple of this.
 const SWIGLU_MULTIPLE: i64 = 64;
@@ -36,41 +36,19 @@ pub struct PresetModel {
     pub preset: Preset,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum GptArchitecture {
-    Gpt,
+names! {
+    ArchitectureName(Architecture),
+    PositionsName(Positions),
+    NormName(Norm),
+    ActivationName(Activation),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum PositionsName {
-    /// A trained table, one row a position.
-    Learned,
-    /// Rotary embedding of queries and keys.
-    Rotary,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum NormName {
-    Layer,
-    Rms,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum ActivationName {
-    Gelu,
-    Swiglu,
-}
-
-/// A decoder of the GPT family.
+/// A model's shape.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"architecture": "gpt", "layers": 4, "heads": 4, "width": 128, "context": 64}))]
-pub struct GptFields {
-    pub architecture: GptArchitecture,
+pub struct ShapeFields {
+    pub architecture: ArchitectureName,
     /// Blocks.
     #[schema(minimum = 1, maximum = 512)]
     pub layers: i64,
@@ -113,25 +91,25 @@ pub struct GptFields {
     pub norm_eps: Option<f64>,
 }
 
-/// A decoder of the GPT family.
+/// A model's shape.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 #[serde(transparent)]
-pub struct GptBody(pub GptFields);
+pub struct ShapeBody(pub ShapeFields);
 
-impl ToSchema for GptBody {
+impl ToSchema for ShapeBody {
     fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
-        GptFields::schemas(schemas);
+        ShapeFields::schemas(schemas);
     }
 }
 
-impl PartialSchema for GptBody {
+impl PartialSchema for ShapeBody {
     /// The fields, of which `rope_theta` exists with rotary positions only.
     fn schema() -> RefOr<Schema> {
         let with_learned_positions = json!({
             "properties": {"positions": {"enum": ["learned", null]}, "rope_theta": {"type": "number"}},
             "required": ["rope_theta"],
         });
-        schema::never(GptFields::schema(), with_learned_positions)
+        schema::never(ShapeFields::schema(), with_learned_positions)
     }
 }
 
@@ -139,7 +117,7 @@ impl PartialSchema for GptBody {
 #[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
 #[serde(untagged)]
 pub enum ModelBody {
-    Gpt(GptBody),
+    Shape(ShapeBody),
     Preset(PresetModel),
 }
 
@@ -148,12 +126,12 @@ impl ModelBody {
     pub fn resolve(self) -> Result<ModelConfig, ApiError> {
         match self {
             ModelBody::Preset(PresetModel { preset }) => Ok(preset.config()),
-            ModelBody::Gpt(GptBody(fields)) => fields.resolve(),
+            ModelBody::Shape(ShapeBody(fields)) => fields.resolve(),
         }
     }
 }
 
-impl GptFields {
+impl ShapeFields {
     fn resolve(self) -> Result<ModelConfig, ApiError> {
         let kv_heads = self.kv_heads.unwrap_or(self.heads);
         if self.heads % kv_heads != 0 {
@@ -167,24 +145,14 @@ impl GptFields {
                 return Err(contradiction("model.width", message));
             }
         };
-        let positions = match self.positions {
-            Some(PositionsName::Rotary) => Positions::Rotary,
-            Some(PositionsName::Learned) | None => Positions::Learned,
-        };
+        let positions = self.positions.map_or(Positions::Learned, |name| name.0);
         if positions == Positions::Rotary && head_dim % 2 != 0 {
             let message = format!(
                 "Rotary positions need an even head dimension, and it is {head_dim}: change `model.width`, `model.heads` or `model.head_dim`."
             );
             return Err(contradiction("model.positions", &message));
         }
-        let norm = match self.norm {
-            Some(NormName::Rms) => Norm::Rms,
-            Some(NormName::Layer) | None => Norm::Layer,
-        };
-        let activation = match self.activation {
-            Some(ActivationName::Swiglu) => Activation::Swiglu,
-            Some(ActivationName::Gelu) | None => Activation::Gelu,
-        };
+        let activation = self.activation.map_or(Activation::Gelu, |name| name.0);
         let mlp_width = self.mlp_width.unwrap_or(match activation {
             Activation::Gelu => 4 * self.width,
             Activation::Swiglu => {
@@ -193,7 +161,7 @@ impl GptFields {
             }
         });
         Ok(ModelConfig {
-            architecture: Architecture::Gpt,
+            architecture: self.architecture.0,
             layers: self.layers,
             heads: self.heads,
             kv_heads,
@@ -203,7 +171,7 @@ impl GptFields {
             context: self.context,
             vocabulary: 0,
             positions,
-            norm,
+            norm: self.norm.map_or(Norm::Layer, |name| name.0),
             norm_eps: self.norm_eps.unwrap_or(1e-5),
             activation,
             bias: self.bias.unwrap_or(true),

@@ -284,12 +284,12 @@ async fn get_dataset_statistics(
         error: FailureDetail::from_column(dataset.error),
     };
     if let Some(tokenizer) = object.tokenizer.as_deref() {
-        if object.state == StateName::Failed {
+        if object.state == StateName(ResourceState::Failed) {
             tokenizers::find(&mut conn, &project.project_id, tokenizer).await.map_err(|error| error.with_param("tokenizer"))?;
             return Ok((StatusCode::OK, Json(object)));
         }
         let counted = count_tokens(&mut conn, &project.project_id, &object.dataset, tokenizer).await?;
-        object.state = counted.state;
+        object.state = counted.state.into();
         object.tokens = counted.statistics.and_then(|statistics| serde_json::from_value(statistics).ok());
         object.error = counted.error;
     }
@@ -297,7 +297,7 @@ async fn get_dataset_statistics(
 }
 
 struct Counted {
-    state: StateName,
+    state: ResourceState,
     statistics: Option<Value>,
     error: Option<FailureDetail>,
 }
@@ -320,10 +320,10 @@ async fn count_tokens(conn: &mut PgConnection, project_id: &str, dataset: &str, 
     .await?;
     if let Some(known) = known {
         let state = match known.state {
-            JobState::Succeeded => StateName::Ready,
-            JobState::Failed | JobState::Cancelled => StateName::Failed,
-            JobState::Running | JobState::Pausing | JobState::Cancelling => StateName::Running,
-            JobState::Blocked | JobState::Queued | JobState::Paused => StateName::Queued,
+            JobState::Succeeded => ResourceState::Ready,
+            JobState::Failed | JobState::Cancelled => ResourceState::Failed,
+            JobState::Running | JobState::Pausing | JobState::Cancelling => ResourceState::Running,
+            JobState::Blocked | JobState::Queued | JobState::Paused => ResourceState::Queued,
         };
         return Ok(Counted { state, statistics: known.statistics, error: FailureDetail::from_column(known.error) });
     }
@@ -345,5 +345,5 @@ async fn count_tokens(conn: &mut PgConnection, project_id: &str, dataset: &str, 
     .execute(&mut *tx)
     .await?;
     tx.commit().await?;
-    Ok(Counted { state: StateName::Queued, statistics: None, error: None })
+    Ok(Counted { state: ResourceState::Queued, statistics: None, error: None })
 }

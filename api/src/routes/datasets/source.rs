@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use crate::problem::ApiError;
+use crate::{names::names, problem::ApiError};
 
 #[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -71,31 +71,10 @@ pub enum SourceBody {
     Template(TemplateSource),
 }
 
-#[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum FormatName {
-    Auto,
-    Text,
-    Jsonl,
-    Json,
-    Csv,
-    Parquet,
-}
-
-#[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum DocumentsName {
-    File,
-    BlankLine,
-    Line,
-}
-
-#[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum OnBadRowName {
-    /// One bad row fails the dataset.
-    Reject,
-    Skip,
+names! {
+    FormatName(spec::Format),
+    DocumentsName(spec::Documents),
+    OnBadRowName(spec::OnBadRow),
 }
 
 /// The file's own names for the parts of a row.
@@ -234,13 +213,10 @@ impl SourceBody {
         match self {
             SourceBody::Files(source) => Ok(DatasetSource::Files {
                 files: source.files,
-                format: source.format.map_or(spec::Format::Auto, FormatName::resolve),
+                format: source.format.map_or(spec::Format::Auto, |name| name.0),
                 columns: source.columns.unwrap_or_default().resolve(),
-                documents: source.documents.map_or(spec::Documents::File, DocumentsName::resolve),
-                on_bad_row: match source.on_bad_row {
-                    Some(OnBadRowName::Skip) => spec::OnBadRow::Skip,
-                    Some(OnBadRowName::Reject) | None => spec::OnBadRow::Reject,
-                },
+                documents: source.documents.map_or(spec::Documents::File, |name| name.0),
+                on_bad_row: source.on_bad_row.map_or(spec::OnBadRow::Reject, |name| name.0),
             }),
             SourceBody::Template(source) => {
                 for (index, template) in source.templates.iter().enumerate() {
@@ -301,28 +277,5 @@ impl ColumnsBody {
             (Role::Messages, self.messages),
         ];
         columns.into_iter().filter_map(|(part, column)| Some((part, column?))).collect()
-    }
-}
-
-impl FormatName {
-    fn resolve(self) -> spec::Format {
-        match self {
-            FormatName::Auto => spec::Format::Auto,
-            FormatName::Text => spec::Format::Text,
-            FormatName::Jsonl => spec::Format::Jsonl,
-            FormatName::Json => spec::Format::Json,
-            FormatName::Csv => spec::Format::Csv,
-            FormatName::Parquet => spec::Format::Parquet,
-        }
-    }
-}
-
-impl DocumentsName {
-    fn resolve(self) -> spec::Documents {
-        match self {
-            DocumentsName::File => spec::Documents::File,
-            DocumentsName::BlankLine => spec::Documents::BlankLine,
-            DocumentsName::Line => spec::Documents::Line,
-        }
     }
 }

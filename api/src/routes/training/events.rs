@@ -12,6 +12,7 @@ use axum::{
     },
 };
 use lathe_jobs::waiting::{answered, patient};
+use lathe_model::protocol::Level;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::PgPool;
@@ -24,6 +25,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::{
     auth::Project,
     event_hub::Subscription,
+    names::names,
     parse::{Path, Query},
     problem::ApiError,
     state::AppState,
@@ -56,12 +58,8 @@ pub struct EventsQuery {
     stream: Option<bool>,
 }
 
-#[derive(Clone, Copy, Debug, Deserialize, Serialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum LevelName {
-    Info,
-    Warn,
-    Error,
+names! {
+    LevelName(Level),
 }
 
 /// Something that happened to a job.

@@ -9,7 +9,7 @@ pub(super) mod outputs;
 
 use axum::{Json, extract::State};
 use lathe_jobs::{spec::Spec, state::JobState};
-use lathe_model::config::JobSpec;
+use lathe_model::{config::JobSpec, protocol::Phase};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::PgConnection;
@@ -20,6 +20,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::{
     auth::Project,
     metadata::Metadata,
+    names::names,
     page::{List, Order, Page, fetch_page},
     parse::{Path, Query},
     problem::ApiError,
@@ -38,61 +39,11 @@ pub fn router() -> OpenApiRouter<AppState> {
         .merge(outputs::router())
 }
 
-/// Where a job stands. One that waits to be tried again is `queued` with `run_after` ahead.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum JobStateName {
-    Blocked,
-    Queued,
-    Running,
-    Pausing,
-    Paused,
-    Cancelling,
-    Cancelled,
-    Succeeded,
-    Failed,
-}
-
-impl JobStateName {
-    pub fn state(self) -> JobState {
-        match self {
-            JobStateName::Blocked => JobState::Blocked,
-            JobStateName::Queued => JobState::Queued,
-            JobStateName::Running => JobState::Running,
-            JobStateName::Pausing => JobState::Pausing,
-            JobStateName::Paused => JobState::Paused,
-            JobStateName::Cancelling => JobState::Cancelling,
-            JobStateName::Cancelled => JobState::Cancelled,
-            JobStateName::Succeeded => JobState::Succeeded,
-            JobStateName::Failed => JobState::Failed,
-        }
-    }
-}
-
-impl From<JobState> for JobStateName {
-    fn from(state: JobState) -> JobStateName {
-        match state {
-            JobState::Blocked => JobStateName::Blocked,
-            JobState::Queued => JobStateName::Queued,
-            JobState::Running => JobStateName::Running,
-            JobState::Pausing => JobStateName::Pausing,
-            JobState::Paused => JobStateName::Paused,
-            JobState::Cancelling => JobStateName::Cancelling,
-            JobState::Cancelled => JobStateName::Cancelled,
-            JobState::Succeeded => JobStateName::Succeeded,
-            JobState::Failed => JobStateName::Failed,
-        }
-    }
-}
-
-/// What a running job is at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum PhaseName {
-    Preparing,
-    Training,
-    Evaluating,
-    Publishing,
+names! {
+    /// Where a job stands. One that waits to be tried again is `queued` with `run_after` ahead.
+    JobStateName(JobState),
+    /// What a running job is at.
+    PhaseName(Phase),
 }
 
 /// Why a queued job is not claimed although its turn may have come.
@@ -381,7 +332,7 @@ pub(super) async fn page(
         "AND j.project_id = $4 AND ($5::text IS NULL OR j.state = $5) AND ($6::text IS NULL OR j.name = $6)
          AND (NOT $7 OR j.base_model_id IS NOT NULL)",
         project_id,
-        query.state.map(|state| state.state().as_str()),
+        query.state.map(|state| state.0.as_str()),
         query.name,
         tuned,
     )?;
