@@ -21,11 +21,12 @@ use lathe_model::{
     config::{JobSpec, Method, Objective, Optimizer, Precision, SPEC_VERSION, Schedule, Template, TrainConfig},
     control::{Control, Reporter},
     data::{
-        batch::{Batch, Order},
+        batch::{Batch, Example, Order},
         packing::{self, Packing},
         rows::{Row, Turn, Writer},
         shards::{Shard, Source},
     },
+    objective::Posing,
     protocol::{self, DeviceChoice, Report, TrainTask},
     shim,
     tokenizer::{self, Tokenizer},
@@ -158,11 +159,13 @@ impl Prepared {
         };
         let shard = Shard::prepare(&self.path("shards"), source).expect("rows fit into the context");
         let packing = Packing::of(&shard, packing::all(&shard), case.shape.context as u64);
-        let order = Order { shard: &shard, packing: &packing, seed: SEED };
+        let posing = Posing { objective: method.objective(), seed: SEED };
+        let order = Order { shard: &shard, packing: &packing, posing };
         let mut file = BufWriter::new(File::create(self.path("batches")).expect("the folder is ours"));
         for step in 0..case.total() {
             let first = step * case.batch_size;
-            write_batch(&mut file, &order.batch(first..first + case.batch_size, Device::Cpu));
+            let examples: Vec<Example> = order.examples(first..first + case.batch_size).collect();
+            write_batch(&mut file, &Batch::of(&examples, Device::Cpu));
         }
         file.flush().expect("the folder is ours");
     }

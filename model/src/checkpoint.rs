@@ -179,10 +179,7 @@ fn write_model_files(folder: &Path, spec: &JobSpec, tokenizer: &Path, weights_sh
         let to = folder.join(name);
         fs::copy(tokenizer.join(name), &to).and_then(|_| File::open(&to)?.sync_all()).map_err(failure::io)?;
     }
-    let template = match spec.method {
-        Method::Instruction { template } => Some(template),
-        Method::Pretrain { .. } => None,
-    };
+    let template = spec.method.template();
     let file = ModelFile {
         format: FORMAT,
         model: spec.model.clone(),

@@ -8,7 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::arch::Architecture;
+pub use crate::{arch::Architecture, objective::Objective};
 
 /// Version of [`JobSpec`] as stored in rows and checkpoints. Readers accept every earlier one.
 pub const SPEC_VERSION: u32 = 1;
@@ -83,12 +83,6 @@ listed_enum! {
 }
 
 listed_enum! {
-    Objective {
-        CausalLm,
-    }
-}
-
-listed_enum! {
     Template {
         /// `[INS] instruction [INS] output EOS`, see [`crate::template`].
         Ins,
@@ -98,10 +92,27 @@ listed_enum! {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Method {
-    /// Next-token loss on every token.
+    /// A new model, on every token.
     Pretrain { objective: Objective },
     /// Loss on the output and its end token only.
     Instruction { template: Template },
+}
+
+impl Method {
+    pub fn objective(&self) -> Objective {
+        match self {
+            Method::Pretrain { objective } => *objective,
+            Method::Instruction { .. } => Objective::CausalLm,
+        }
+    }
+
+    /// What renders conversations, where they are trained on.
+    pub fn template(&self) -> Option<Template> {
+        match self {
+            Method::Pretrain { .. } => None,
+            Method::Instruction { template } => Some(*template),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -14,6 +14,7 @@ pub mod device;
 pub mod engine;
 pub mod failure;
 pub mod nn;
+pub mod objective;
 pub mod optim;
 pub mod protocol;
 pub mod pulse;

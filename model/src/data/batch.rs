@@ -1,7 +1,7 @@
 //! From sequences to tensors.
 //!
 //! The cursor of a run is a global sequence index: sequence `i` of epoch `e` is the one that
-//! `permutation(seed, e)` puts at `i`. A batch is a pure function of the indices that it holds.
+//! `permutation(seed, e)` puts at `i`. An example is a pure function of its index, a batch of its examples.
 
 use tch::{Device, Tensor};
 
@@ -9,31 +9,59 @@ use super::{
     packing::{Packing, Piece},
     shards::Shard,
 };
-use crate::{device::upload, nn::AttentionPlan, random::Permutation};
+use crate::{device::upload, nn::AttentionPlan, objective::Posing, random::Permutation};
 
 /// A shard's sequences in the order of training.
 #[derive(Debug)]
 pub struct Order<'a> {
     pub shard: &'a Shard,
     pub packing: &'a Packing,
-    pub seed: u64,
+    pub posing: Posing,
 }
 
 impl Order<'_> {
     /// The sequence that stands at a global index.
-    fn sequence(&self, global: u64) -> u64 {
+    fn sequence(&self, global: u64) -> &[Piece] {
         let len = self.packing.len();
-        Permutation::of_epoch(self.seed, global / len, len).at(global % len)
+        self.packing.sequence(Permutation::of_epoch(self.posing.seed, global / len, len).at(global % len))
     }
 
-    /// Supervised targets of the sequences at these global indices.
-    pub fn supervised(&self, globals: std::ops::Range<u64>) -> u64 {
-        globals.map(|global| self.packing.supervised(self.sequence(global))).sum()
+    /// What is at these global indices.
+    pub fn examples(&self, globals: std::ops::Range<u64>) -> impl Iterator<Item = Example> {
+        globals.map(|global| Example::of(self.shard, self.sequence(global), global, self.posing))
+    }
+}
+
+/// A sequence as its objective poses it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Example {
+    /// Global sequence index.
+    pub sequence: u64,
+    /// What the model reads.
+    pub tokens: Vec<i64>,
+    /// What it is to say at each of them; `None`: nothing is asked.
+    pub targets: Vec<Option<i64>>,
+    /// Lengths of the documents, which stand one after the other.
+    pub documents: Vec<usize>,
+}
+
+impl Example {
+    pub fn of(shard: &Shard, pieces: &[Piece], sequence: u64, posing: Posing) -> Example {
+        let documents: Vec<usize> = pieces.iter().map(|piece| piece.len as usize).collect();
+        let length = documents.iter().sum();
+        let (mut tokens, mut targets) = (Vec::with_capacity(length), Vec::with_capacity(length));
+        for input in pieces.iter().flat_map(|piece| piece.start..piece.start + u64::from(piece.len)) {
+            tokens.push(shard.token(input));
+            targets.push(shard.is_supervised(input + 1).then(|| shard.token(input + 1)));
+        }
+        let mut example = Example { sequence, tokens, targets, documents };
+        posing.pose(&mut example);
+        example
     }
 
-    pub fn batch(&self, globals: std::ops::Range<u64>, device: Device) -> Batch {
-        let sequences: Vec<&[Piece]> = globals.clone().map(|global| self.packing.sequence(self.sequence(global))).collect();
-        Batch::of(self.shard, &sequences, globals.collect(), device)
+    /// Places that have a target.
+    pub fn supervised(&self) -> u64 {
+        self.targets.iter().flatten().count() as u64
     }
 }
 
@@ -81,37 +109,33 @@ impl Chosen {
 }
 
 impl Batch {
-    /// Rows are cut to the longest one used.
-    pub fn of(shard: &Shard, rows: &[&[Piece]], sequences: Vec<u64>, device: Device) -> Batch {
-        let used = |row: &[Piece]| row.iter().map(|piece| piece.len as usize).sum::<usize>();
-        let length = rows.iter().map(|row| used(row)).max().unwrap_or(0);
-        let mut tokens = vec![0i64; rows.len() * length];
-        let mut positions = vec![0i64; rows.len() * length];
+    /// One row an example, cut to the longest one.
+    pub fn of(examples: &[Example], device: Device) -> Batch {
+        let length = examples.iter().map(|example| example.tokens.len()).max().unwrap_or(0);
+        let mut tokens = vec![0i64; examples.len() * length];
+        let mut positions = vec![0i64; examples.len() * length];
         let (mut supervised, mut targets) = (Vec::new(), Vec::new());
-        for (row, pieces) in rows.iter().enumerate() {
-            let mut place = row * length;
-            for piece in *pieces {
-                for position in 0..u64::from(piece.len) {
-                    let input = piece.start + position;
-                    tokens[place] = shard.token(input);
-                    positions[place] = position as i64;
-                    if shard.is_supervised(input + 1) {
-                        supervised.push(place as i64);
-                        targets.push(shard.token(input + 1));
-                    }
-                    place += 1;
+        for (row, example) in examples.iter().enumerate() {
+            let first = row * length;
+            tokens[first..first + example.tokens.len()].copy_from_slice(&example.tokens);
+            let within = example.documents.iter().flat_map(|&length| 0..length as i64);
+            positions[first..].iter_mut().zip(within).for_each(|(place, position)| *place = position);
+            for (place, target) in example.targets.iter().enumerate() {
+                if let Some(target) = target {
+                    supervised.push((first + place) as i64);
+                    targets.push(*target);
                 }
             }
         }
-        let documents: Vec<Vec<usize>> = rows.iter().map(|row| row.iter().map(|piece| piece.len as usize).collect()).collect();
-        let shaped = |values: &[i64]| upload(Tensor::from_slice(values).view([rows.len() as i64, length as i64]), device);
+        let documents: Vec<Vec<usize>> = examples.iter().map(|example| example.documents.clone()).collect();
+        let shaped = |values: &[i64]| upload(Tensor::from_slice(values).view([examples.len() as i64, length as i64]), device);
         Batch {
             tokens_bt: shaped(&tokens),
             positions_bt: shaped(&positions),
             plan: AttentionPlan::of_documents(length, &documents, device),
             chosen: (supervised.len() < tokens.len()).then(|| Chosen::of(&supervised, tokens.len(), device)),
             targets_n: upload(Tensor::from_slice(&targets), device),
-            sequences,
+            sequences: examples.iter().map(|example| example.sequence).collect(),
             tokens: documents.iter().flatten().sum::<usize>() as u64,
         }
     }

@@ -29,8 +29,8 @@ pub struct Packing {
     pieces: Vec<Piece>,
     /// Where in `pieces` each sequence ends.
     ends: Vec<usize>,
-    /// Supervised targets of each sequence.
-    supervised: Vec<u32>,
+    /// Supervised targets in all.
+    supervised: u64,
 }
 
 impl Packing {
@@ -42,9 +42,10 @@ impl Packing {
             let mut start = document.start;
             while start < last {
                 let len = (last - start).min(context);
-                let supervised = (start..start + len).filter(|&input| shard.is_supervised(input + 1)).count() as u32;
+                let supervised = (start..start + len).filter(|&input| shard.is_supervised(input + 1)).count() as u64;
                 if supervised > 0 {
-                    packer.place(Piece { start, len: len as u32 }, supervised);
+                    packer.done.supervised += supervised;
+                    packer.place(Piece { start, len: len as u32 });
                 }
                 start += len;
             }
@@ -66,20 +67,14 @@ impl Packing {
         &self.pieces[start..self.ends[index]]
     }
 
-    /// Supervised targets of a sequence, known before any forward pass.
-    pub fn supervised(&self, index: u64) -> u64 {
-        u64::from(self.supervised[index as usize])
-    }
-
     pub fn total_supervised(&self) -> u64 {
-        self.supervised.iter().map(|&count| u64::from(count)).sum()
+        self.supervised
     }
 }
 
 struct Open {
     pieces: Vec<Piece>,
     used: u32,
-    supervised: u32,
 }
 
 struct Packer {
@@ -90,20 +85,19 @@ struct Packer {
 }
 
 impl Packer {
-    fn place(&mut self, piece: Piece, supervised: u32) {
+    fn place(&mut self, piece: Piece) {
         let room = self.open.iter().position(|open| open.used + piece.len <= self.context);
         let index = room.unwrap_or_else(|| {
             if self.open.len() == OPEN_SEQUENCES {
                 let oldest = self.open.remove(0);
                 self.close(oldest);
             }
-            self.open.push(Open { pieces: Vec::new(), used: 0, supervised: 0 });
+            self.open.push(Open { pieces: Vec::new(), used: 0 });
             self.open.len() - 1
         });
         let open = &mut self.open[index];
         open.pieces.push(piece);
         open.used += piece.len;
-        open.supervised += supervised;
         if open.used == self.context {
             let full = self.open.remove(index);
             self.close(full);
@@ -113,7 +107,6 @@ impl Packer {
     fn close(&mut self, open: Open) {
         self.done.pieces.extend(open.pieces);
         self.done.ends.push(self.done.pieces.len());
-        self.done.supervised.push(open.supervised);
     }
 
     fn finish(mut self) -> Packing {

@@ -9,7 +9,7 @@ use super::{halt::Halt, run::Run};
 use crate::{
     config::Method,
     control::{Control, Reporter},
-    data::batch::Batch,
+    data::batch::{Batch, Example},
     nn::{AttentionPlan, Pass},
     protocol::{Phase, Report},
     pulse, template,
@@ -39,8 +39,8 @@ pub fn validation_loss(run: &Run, control: &Control, report: &mut Reporter) -> R
             announced = true;
             report.send(Report::Phase { phase: Phase::Evaluating });
         }
-        let rows: Vec<_> = part.iter().map(|&index| packing.sequence(index)).collect();
-        let mut batch = Batch::of(shard, &rows, part.to_vec(), run.device);
+        let example = |&index: &u64| Example::of(shard, packing.sequence(index), index, run.posing());
+        let mut batch = Batch::of(&part.iter().map(example).collect::<Vec<_>>(), run.device);
         tokens += batch.supervised();
         sum += run.loss_sum(&mut batch, None)?;
     }

@@ -12,15 +12,16 @@ use super::{halt::Halt, state::TrainState};
 use crate::{
     arch::Model,
     checkpoint::{self, Trained},
-    config::{JobSpec, Method, Precision},
+    config::{JobSpec, Precision},
     control::{Control, Reporter},
     data::{
-        batch::{Batch, Order},
+        batch::{Batch, Example, Order},
         packing::Packing,
         shards::Shard,
     },
     failure,
     nn::{Dropout, Parameters, Pass},
+    objective::Posing,
     optim::{Adamw, schedule},
     protocol::{Level, MetricRow, Numerics, Report, TaskResult},
     random::{self, Stream},
@@ -113,6 +114,10 @@ impl Run {
         self.spec.train.micro_batch_size.unwrap_or(1)
     }
 
+    pub fn posing(&self) -> Posing {
+        Posing { objective: self.spec.method.objective(), seed: self.spec.train.seed }
+    }
+
     pub fn is_done(&self) -> bool {
         self.state.step >= self.steps()
     }
@@ -142,23 +147,22 @@ impl Run {
         let train = &self.spec.train;
         let (first, step) = (self.state.cursor, self.state.step + 1);
         let last = first + train.batch_size;
-        let order = Order { shard: &self.data.shard, packing: &self.data.train, seed: train.seed };
-        let supervised = order.supervised(first..last);
+        let order = Order { shard: &self.data.shard, packing: &self.data.train, posing: self.posing() };
+        let examples: Vec<Example> = order.examples(first..last).collect();
+        let supervised: u64 = examples.iter().map(Example::supervised).sum();
         let mut loss = Tensor::zeros([], (Kind::Float, self.device));
-        let (mut micro, mut tokens) = (first, 0);
-        while micro < last {
+        let mut tokens = 0;
+        for part in examples.chunks(self.micro_batch_size() as usize) {
             if control.is_stopping() {
                 self.optimizer.zero_gradients()?;
                 return Err(Halt::Stopped);
             }
-            let end = (micro + self.micro_batch_size()).min(last);
-            let mut batch = order.batch(micro..end, self.device);
+            let mut batch = Batch::of(part, self.device);
             let dropout = self.dropout(step, &batch.sequences);
-            let part = self.loss_sum(&mut batch, dropout.as_ref())? / supervised as f64;
+            let part = self.loss_sum(&mut batch, dropout.as_ref())? / supervised.max(1) as f64;
             part.backward();
             loss += part.detach();
             tokens += batch.tokens;
-            micro = end;
         }
         let learning_rate = schedule::learning_rate(&train.schedule, step, self.steps());
         let grad_norm = self.optimizer.step(learning_rate, train.clip)?;
@@ -291,10 +295,7 @@ impl Run {
     pub fn publish(&self) -> Result<TaskResult, Halt> {
         let folder = self.folders.staging.join("model");
         let weights_sha256 = checkpoint::save_model(&folder, &self.spec, &self.parameters, &self.folders.tokenizer, 0)?;
-        let template = match self.spec.method {
-            Method::Instruction { template } => Some(template.name().to_owned()),
-            Method::Pretrain { .. } => None,
-        };
+        let template = self.spec.method.template().map(|template| template.name().to_owned());
         let (parameters, trained_tokens) = (self.parameters.count(), self.state.tokens);
         Ok(TaskResult::Model { folder, parameters, weights_sha256, trained_tokens, template })
     }

@@ -8,7 +8,7 @@ use crate::{
         Schedule, Template, TrainConfig, Validation,
     },
     data::{
-        batch::Batch,
+        batch::{Batch, Example},
         packing::Piece,
         rows::{Row, Turn, Writer},
     },
@@ -292,7 +292,8 @@ fn packed_batches_equal_the_same_documents_one_by_one() {
         let sequences: Vec<_> = (0..packing.len()).map(|index| packing.sequence(index)).collect();
         assert!(sequences.iter().any(|pieces| pieces.len() > 1), "nothing is packed");
         let backward = |rows: &[&[Piece]]| {
-            let mut batch = Batch::of(shard, rows, vec![0; rows.len()], run.device);
+            let examples: Vec<_> = rows.iter().map(|pieces| Example::of(shard, pieces, 0, run.posing())).collect();
+            let mut batch = Batch::of(&examples, run.device);
             let loss = run.loss_sum(&mut batch, None).map_err(|halt| format!("{halt:?}")).unwrap();
             loss.backward();
             (loss.double_value(&[]), batch.supervised())
