@@ -100,14 +100,11 @@ fn settle_state(job: Standing, ending: &Ending) -> Settlement {
     Settlement { state: JobState::Failed, outcome, counts: true, failure: Some(exhausted) }
 }
 
-/// No attempt finds room that nobody makes. A training keeps its checkpoints and waits to be resumed;
-/// other jobs have nothing to keep.
+/// No attempt finds room that nobody makes. What is saved waits to be resumed; other jobs have nothing to keep.
 fn no_room(kind: Kind, failure: Failure) -> Settlement {
-    match kind {
-        Kind::Train => Settlement { state: JobState::Paused, outcome: Outcome::Paused, counts: false, failure: Some(failure) },
-        Kind::Ingest | Kind::Tokenizer | Kind::Statistics => {
-            Settlement { state: JobState::Failed, outcome: Outcome::Failed, counts: true, failure: Some(failure) }
-        }
+    match kind.saves() {
+        true => Settlement { state: JobState::Paused, outcome: Outcome::Paused, counts: false, failure: Some(failure) },
+        false => Settlement { state: JobState::Failed, outcome: Outcome::Failed, counts: true, failure: Some(failure) },
     }
 }
 
@@ -218,7 +215,7 @@ async fn move_on(
          ), events AS (
              INSERT INTO job_events (job_id, id, level, code, message, data) SELECT id, event, $10, $11, $12, $13 FROM moved
          )
-         SELECT pg_notify('lathe_events', id) AS told, CASE WHEN $3 <> 'succeeded' THEN pg_notify('lathe_jobs', id) END AS woken
+         SELECT pg_notify($14, id) AS told, CASE WHEN $3 <> 'succeeded' THEN pg_notify($15, id) END AS woken
          FROM moved",
         lease.job_id,
         from.as_str(),
@@ -233,6 +230,8 @@ async fn move_on(
         code,
         message,
         data,
+        events::CHANNEL,
+        settle::CHANNEL,
     )
     .fetch_optional(tx)
     .await?;

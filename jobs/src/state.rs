@@ -126,6 +126,14 @@ impl Kind {
             Kind::Train => Pool::Device,
         }
     }
+
+    /// Whether its work is saved on the way, so that it can stop and go on later. Others begin anew.
+    pub fn saves(self) -> bool {
+        match self {
+            Kind::Ingest | Kind::Tokenizer | Kind::Statistics => false,
+            Kind::Train => true,
+        }
+    }
 }
 
 text_enum! {
