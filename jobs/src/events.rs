@@ -26,7 +26,7 @@ pub async fn append(
                INSERT INTO job_events (job_id, id, level, code, message, data)
                SELECT $1, next.id, $2, $3, $4, $5 FROM next RETURNING id
            ), told AS (
-               SELECT pg_notify('lathe_events', $1)
+               SELECT pg_notify($6, $1)
            )
            SELECT added.id AS "id!" FROM added, told"#,
         job_id,
@@ -34,6 +34,7 @@ pub async fn append(
         code,
         message,
         data,
+        CHANNEL,
     )
     .fetch_one(conn)
     .await
@@ -46,7 +47,7 @@ pub fn clean(text: &str) -> String {
 
 /// Wakes the streams of a job without an event (a metric, a change of state).
 pub async fn wake(conn: &mut PgConnection, job_id: &str) -> Result<(), sqlx::Error> {
-    sqlx::query!("SELECT pg_notify('lathe_events', $1) AS told", job_id).fetch_one(conn).await.map(drop)
+    sqlx::query!("SELECT pg_notify($1, $2) AS told", CHANNEL, job_id).fetch_one(conn).await.map(drop)
 }
 
 pub fn level_name(level: Level) -> &'static str {

@@ -11,7 +11,7 @@ use sqlx::{Connection, PgConnection};
 
 use crate::{
     artifacts::ArtifactError,
-    ids, quota,
+    events, ids, quota,
     state::{JobState, Kind, Pool},
 };
 
@@ -64,7 +64,7 @@ pub struct Claimed {
 /// How often another runner may be quicker before a claim is left to the next look.
 const RUNNERS_QUICKER: usize = 3;
 
-/// Makes an attempt of the job that `$next` (a query of one id, over the parameters from `$7` on) finds. One
+/// Makes an attempt of the job that `$next` (a query of one id, over the parameters from `$8` on) finds. One
 /// statement, so that a claim costs one answer of the database and one version of the job's row.
 macro_rules! claim_next {
     ($conn:expr, $claimant:expr, $next:literal $(, $argument:expr)*) => {{
@@ -94,14 +94,15 @@ macro_rules! claim_next {
                        jsonb_build_object('attempt', attempt, 'runner', $3::text) FROM claimed
                )
                SELECT id, attempt, kind AS "kind: Kind", spec, dataset_id, validation_dataset_id, tokenizer_id, base_model_id, model_id, traceparent,
-                   pg_notify('lathe_events', id) AS told
+                   pg_notify($7, id) AS told
                FROM claimed"#,
             claimant.pool.as_str(),
             claimant.devices,
             claimant.runner_id,
             token,
             claimant.lease_seconds,
-            claimant.offered
+            claimant.offered,
+            events::CHANNEL
             $(, $argument)*
         )
         .fetch_optional($conn)
@@ -146,7 +147,7 @@ async fn claim_unlimited(conn: &mut PgConnection, claimant: &Claimant, yields: b
         claimant,
         "SELECT id FROM jobs
          WHERE state = 'queued' AND NOT limited AND pool = $1 AND devices <= $2 AND run_after <= now()
-           AND NOT ($7 AND EXISTS (
+           AND NOT ($8 AND EXISTS (
                SELECT FROM projects p
                WHERE p.running_jobs_quota IS NOT NULL
                  AND EXISTS (SELECT FROM jobs j
@@ -172,15 +173,15 @@ async fn claim_limited(conn: &mut PgConnection, claimant: &Claimant, project: &s
          WHERE state = 'queued' AND id = (
              SELECT mine.id
              FROM (SELECT id, priority, queued_at FROM jobs
-                   WHERE state = 'queued' AND limited AND project_id = $7 AND pool = $1 AND devices <= $2 AND run_after <= now()
+                   WHERE state = 'queued' AND limited AND project_id = $8 AND pool = $1 AND devices <= $2 AND run_after <= now()
                    ORDER BY priority DESC, queued_at, id LIMIT 1) mine
              LEFT JOIN (SELECT id, priority, queued_at FROM jobs
                         WHERE state = 'queued' AND NOT limited AND pool = $1 AND devices <= $2 AND run_after <= now()
                         ORDER BY priority DESC, queued_at, id LIMIT 1) other ON true
              WHERE (other.id IS NULL OR (-mine.priority::bigint, mine.queued_at, mine.id) < (-other.priority::bigint, other.queued_at, other.id))
-               AND (SELECT running_jobs_quota FROM projects WHERE id = $7)
+               AND (SELECT running_jobs_quota FROM projects WHERE id = $8)
                  > (SELECT count(*) FROM jobs
-                    WHERE finished_at IS NULL AND state IN ('running', 'pausing', 'cancelling') AND project_id = $7))
+                    WHERE finished_at IS NULL AND state IN ('running', 'pausing', 'cancelling') AND project_id = $8))
          FOR UPDATE SKIP LOCKED",
         project
     );

@@ -7,7 +7,7 @@
 
 use sqlx::PgConnection;
 
-use crate::lease::Claimant;
+use crate::{lease::Claimant, settle};
 
 /// Quotas of a project; none: as much as there is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,7 +92,7 @@ pub async fn set(conn: &mut PgConnection, project_id: &str, quotas: Quotas) -> R
     .execute(&mut *conn)
     .await?;
     // There may be room now.
-    sqlx::query!("SELECT pg_notify('lathe_jobs', '') AS told").fetch_one(conn).await?;
+    settle::tell_runners(conn, "").await?;
     Ok(changed)
 }
 

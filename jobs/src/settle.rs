@@ -10,12 +10,12 @@ use sqlx::PgConnection;
 
 use crate::events;
 
-/// Announces work or a control change to runners; the payload is the job's id.
+/// Announces work or a control change to runners; the payload is the job's id, or empty where it may be any.
 pub const CHANNEL: &str = "lathe_jobs";
 
 /// Tells every runner that there is work, or that a job's state changed. Sent at the commit.
 pub async fn tell_runners(conn: &mut PgConnection, job_id: &str) -> Result<(), sqlx::Error> {
-    sqlx::query!("SELECT pg_notify('lathe_jobs', $1) AS told", job_id).fetch_one(conn).await.map(drop)
+    sqlx::query!("SELECT pg_notify($1, $2) AS told", CHANNEL, job_id).fetch_one(conn).await.map(drop)
 }
 
 /// Queues the dependants of a job that has succeeded, where nothing else keeps them blocked.
