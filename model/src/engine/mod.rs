@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     arch::Model,
     config::{ModelConfig, Sampling},
+    device,
     nn::Packed,
     protocol::DeviceChoice,
     shim,
@@ -313,7 +314,7 @@ impl Engine {
             let shape = load::shape(folder)?;
             let threads = config.threads.unwrap_or_else(|| threads(&shape));
             shim::initialize(threads).map_err(|error| StartError::Model(error.to_string()))?;
-            load::load(folder, shape, config.dtype, device(config.device))
+            load::load(folder, shape, config.dtype, device::open(config.device).map_err(StartError::Model)?)
         };
         // tch reports lack of memory by panicking.
         let loaded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(loading));
@@ -325,7 +326,8 @@ impl Engine {
     /// `never`: ids that are never chosen.
     pub fn spawn(model: Model, shape: ModelConfig, never: Vec<u32>, config: &EngineConfig) -> Result<EngineHandle, StartError> {
         let limits = limits(&shape, config)?;
-        let forward = Forward::new(model, &shape, config.dtype.kind(), device(config.device));
+        let device = device::open(config.device).map_err(StartError::Model)?;
+        let forward = Forward::new(model, &shape, config.dtype.kind(), device);
         let sampler = Sampler::new(shape.vocabulary as usize, never);
         let shared = Arc::new(Shared {
             model: shape,
@@ -351,13 +353,6 @@ fn threads(shape: &ModelConfig) -> usize {
     match Model::parameter_count(shape) < SHARED_FROM_PARAMETERS {
         true => 1,
         false => std::thread::available_parallelism().map_or(1, |cores| cores.get()),
-    }
-}
-
-fn device(choice: DeviceChoice) -> tch::Device {
-    match choice {
-        DeviceChoice::Cpu => tch::Device::Cpu,
-        DeviceChoice::Cuda { index } => tch::Device::Cuda(index),
     }
 }
 
