@@ -37,7 +37,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::EngineArgs,
-    generation::wire::{EngineEvent, FinishReason, GenerateRequest, KEEP_ALIVE, TokenLogprob},
+    generation::wire::{EngineEvent, FinishReason, GenerateRequest, KEEP_ALIVE},
     request_trace,
 };
 
@@ -263,17 +263,13 @@ fn lines(events: Vec<Event>, first: Option<u32>) -> String {
 fn on_wire(event: Event, first: Option<u32>) -> EngineEvent {
     match event {
         Event::Prompt(scores) => {
-            let first = first.map(|token| TokenLogprob { token, logprob: None, top: Vec::new() });
-            EngineEvent::Prompt(first.into_iter().chain(scores.into_iter().map(scored)).collect())
+            let first = first.map(|token| Sampled { token, logprob: None, top: Vec::new() });
+            EngineEvent::Prompt(first.into_iter().chain(scores).collect())
         }
-        Event::Token(sampled) => EngineEvent::Token(scored(sampled)),
+        Event::Token(sampled) => EngineEvent::Token(sampled),
         Event::Finished { reason: Finish::Error, .. } => EngineEvent::Failed { message: "the engine failed".into() },
         Event::Finished { reason: Finish::Stop, .. } => EngineEvent::Finished { reason: FinishReason::Stop },
         Event::Finished { reason: Finish::Length, .. } => EngineEvent::Finished { reason: FinishReason::Length },
         Event::Finished { reason: Finish::Cancelled, .. } => EngineEvent::Unloaded,
     }
-}
-
-fn scored(sampled: Sampled) -> TokenLogprob {
-    TokenLogprob { token: sampled.token, logprob: sampled.logprob, top: sampled.top }
 }

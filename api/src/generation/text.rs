@@ -8,27 +8,24 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use lathe_model::{
-    engine::stop::StopStrings,
+    engine::{Sampled, stop::StopStrings},
     tokenizer::{Detokenizer, Tokenizer},
 };
 
-use super::{
-    Piece,
-    wire::{FinishReason, TokenLogprob},
-};
+use super::{Piece, wire::FinishReason};
 
 /// A token and where it stands.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Spoken {
-    pub token: TokenLogprob,
+    pub token: Sampled,
     /// Characters before it in its text.
     pub offset: usize,
 }
 
 /// The tokens of a whole text with their places.
-pub fn placed(tokenizer: &Tokenizer, tokens: Vec<TokenLogprob>) -> Vec<Spoken> {
+pub fn placed(tokenizer: &Tokenizer, tokens: Vec<Sampled>) -> Vec<Spoken> {
     let (mut detokenizer, mut offset) = (Detokenizer::new(), 0);
-    let place = |token: TokenLogprob| {
+    let place = |token: Sampled| {
         let before = offset;
         offset += detokenizer.push(tokenizer, token.token).chars().count();
         Spoken { token, offset: before }
@@ -69,7 +66,7 @@ impl Text {
     }
 
     /// The pieces that the token releases, and whether a stop string ended the choice.
-    pub fn push(&mut self, token: TokenLogprob) -> (Vec<Piece>, bool) {
+    pub fn push(&mut self, token: Sampled) -> (Vec<Piece>, bool) {
         self.completion_tokens += 1;
         let offset = self.made;
         let characters = self.detokenizer.push(&self.tokenizer, token.token);
@@ -143,7 +140,7 @@ mod tests {
         let mut pieces = Vec::new();
         let mut stopped = false;
         for &byte in text {
-            let (more, ended) = speech.push(TokenLogprob { token: id(byte), logprob: None, top: Vec::new() });
+            let (more, ended) = speech.push(Sampled { token: id(byte), logprob: None, top: Vec::new() });
             pieces.extend(more);
             stopped = ended;
             if stopped {

@@ -8,7 +8,7 @@
 
 use std::time::Duration;
 
-use lathe_model::config::Sampling;
+use lathe_model::{config::Sampling, engine::Sampled};
 use serde::{Deserialize, Serialize};
 
 /// A stream is never silent for longer than this while its engine lives.
@@ -25,18 +25,6 @@ pub struct GenerateRequest {
     pub prompt_logprobs: bool,
 }
 
-/// A token with its log probability and the alternatives that were asked for.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct TokenLogprob {
-    pub token: u32,
-    /// Natural logarithm. `None` for a prompt's first token, which nothing predicts, and where no
-    /// log probabilities were asked for.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub logprob: Option<f32>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub top: Vec<(u32, f32)>,
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
@@ -49,8 +37,8 @@ pub enum FinishReason {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EngineEvent {
-    Prompt(Vec<TokenLogprob>),
-    Token(TokenLogprob),
+    Prompt(Vec<Sampled>),
+    Token(Sampled),
     Finished {
         reason: FinishReason,
     },

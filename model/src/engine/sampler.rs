@@ -7,15 +7,20 @@
 
 use std::cmp::Ordering;
 
+use serde::{Deserialize, Serialize};
+
 use crate::config::Sampling;
 
-/// A chosen token.
-#[derive(Clone, Debug, PartialEq)]
+/// A chosen token, or one of a prompt, with what the model thought of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sampled {
     pub token: u32,
-    /// Natural logarithm; present where log probabilities were asked for.
+    /// Natural logarithm. `None` for a prompt's first token, which nothing predicts, and where no
+    /// log probabilities were asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logprob: Option<f32>,
     /// The likeliest tokens, best first, as many as were asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub top: Vec<(u32, f32)>,
 }
 
