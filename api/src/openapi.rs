@@ -93,15 +93,89 @@ fn tags() -> Vec<Value> {
     tags.iter().map(|(name, description)| json!({"name": name, "description": description})).collect()
 }
 
+/// What decides which refusals an operation can give.
+struct Traits {
+    public: bool,
+    admin: bool,
+    generates: bool,
+    /// A body arrives, and is bounded, also where it must be empty.
+    posted: bool,
+    has_body: bool,
+    has_json: bool,
+    creates: bool,
+    /// It names something that may not be there.
+    has_id: bool,
+}
+
+impl Traits {
+    fn of(path: &str, method: &str, operation: &Map<String, Value>) -> Traits {
+        let list = |name: &str| operation.get(name).and_then(Value::as_array).into_iter().flatten();
+        let tagged = |names: &[&str]| list("tags").any(|tag| names.iter().any(|name| tag == name));
+        let body = operation.get("requestBody").map(|body| &body["content"]);
+        Traits {
+            public: tagged(&[PUBLIC_TAG]),
+            admin: tagged(&ADMIN_TAGS),
+            generates: tagged(&["generation"]),
+            posted: ["post", "put"].contains(&method),
+            has_body: body.is_some(),
+            has_json: body.is_some_and(|body| body["application/json"].is_object()),
+            creates: body.is_some() && CREATIONS.contains(&path),
+            // The id of an item after which a page begins is one too; where items are numbered, any number may be named.
+            has_id: list("parameters").any(|one| one["in"] == "path" || one["name"] == "after" && is_text(one)),
+        }
+    }
+
+    /// Status, whether it applies, and what it means. Of two for one status the first holds.
+    fn refusals(&self) -> [(&'static str, bool, &'static str); 18] {
+        let &Traits { public, admin, generates, posted, has_body, has_json, creates, has_id } = self;
+        [
+            ("404", generates, "No such model."),
+            ("409", generates, "The model is not ready."),
+            ("429", generates, "The model's queue is full, or the key has sent too many requests."),
+            ("429", !public, "The key has sent too many requests; try again after `Retry-After` seconds."),
+            ("503", generates, "The model is loading, or its engine failed."),
+            ("504", generates, "The answer took longer than the server allows."),
+            ("400", !public, "Malformed or out of bounds; `param` says where."),
+            ("401", !public, "No valid API key."),
+            ("403", admin, "The key is not an admin's."),
+            ("404", has_id, "Unknown, or another project's."),
+            ("408", posted, "The body stopped arriving."),
+            ("409", creates, "The first request with this `Idempotency-Key` is still being answered."),
+            ("413", posted, "The body is over the limit."),
+            ("415", has_body, "The body is of another content type."),
+            ("422", has_json || creates, "Valid by the schema, but impossible here; `code` and `param` say why."),
+            ("500", true, "Something failed inside; the log has it under the answer's x-request-id."),
+            ("503", !public, "The database is away or there is no capacity; try again after `Retry-After` seconds."),
+            ("507", has_body, "The disk or the project's quota on storage is full."),
+        ]
+    }
+
+    /// The headers of an answer.
+    fn headers(&self, status: &str) -> &'static [&'static str] {
+        match status {
+            "409" if self.creates => &["x-request-id", "Retry-After", "x-should-retry"],
+            "409" | "504" | "507" => &["x-request-id", "x-should-retry"],
+            "429" => &[
+                "x-request-id",
+                "Retry-After",
+                "x-ratelimit-limit-requests",
+                "x-ratelimit-remaining-requests",
+                "x-ratelimit-reset-requests",
+            ],
+            "503" => &["x-request-id", "Retry-After"],
+            "200" | "201" if self.creates => &["x-request-id", "idempotent-replayed"],
+            _ => &["x-request-id"],
+        }
+    }
+}
+
+fn is_text(parameter: &Value) -> bool {
+    parameter["schema"]["type"] == "string"
+}
+
 /// The refusals that any operation of this kind can give, and where they differ, an operation's own words
 /// for them.
 fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
-    let tagged = |operation: &Map<String, Value>, names: &[&str]| {
-        operation
-            .get("tags")
-            .and_then(Value::as_array)
-            .is_some_and(|tags| tags.iter().any(|tag| names.iter().any(|name| tag == name)))
-    };
     // A body that is optional may be left out; it may not be null.
     if let Some(schema) = operation.get_mut("requestBody").and_then(|body| body.pointer_mut("/content/application~1json/schema"))
         && let Some(body) = schema["oneOf"].as_array().and_then(|either| either.iter().find(|one| one["$ref"].is_string()))
@@ -109,15 +183,8 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
     {
         *schema = body.clone();
     }
-    let (public, admin) = (tagged(operation, &[PUBLIC_TAG]), tagged(operation, &ADMIN_TAGS));
-    let body = operation.get("requestBody").map(|body| &body["content"]);
-    let (has_body, has_json) = (body.is_some(), body.is_some_and(|body| body["application/json"].is_object()));
-    // A body arrives, and is bounded, also where it must be empty.
-    let posted = ["post", "put"].contains(&method);
-    let creates = has_body && CREATIONS.contains(&path);
-    let is_text = |one: &Value| one["schema"]["type"] == "string";
-    let mut parameters = operation.get_mut("parameters").and_then(Value::as_array_mut);
-    for parameter in parameters.iter_mut().flat_map(|all| all.iter_mut()) {
+    let parameters = operation.get_mut("parameters").and_then(Value::as_array_mut);
+    for parameter in parameters.into_iter().flatten() {
         // It may be left out; it may not be null.
         if let Some(name) =
             parameter["schema"]["type"].as_array().and_then(|types| types.iter().find(|name| *name != "null")).cloned()
@@ -128,55 +195,20 @@ fn complete(path: &str, method: &str, operation: &mut Map<String, Value>) {
             parameter["schema"]["pattern"] = json!(NO_NUL);
         }
     }
-    // The id of an item after which a page begins is one too; where items are numbered, any number may be named.
-    let has_id =
-        parameters.is_some_and(|all| all.iter().any(|one| one["in"] == "path" || one["name"] == "after" && is_text(one)));
-    operation.insert("security".to_owned(), if public { json!([]) } else { json!([{"key": []}]) });
-    if creates && let Some(parameters) = operation.entry("parameters").or_insert_with(|| json!([])).as_array_mut() {
+    let traits = Traits::of(path, method, operation);
+    operation.insert("security".to_owned(), if traits.public { json!([]) } else { json!([{"key": []}]) });
+    if traits.creates
+        && let Some(parameters) = operation.entry("parameters").or_insert_with(|| json!([])).as_array_mut()
+    {
         parameters.push(json!({"$ref": "#/components/parameters/Idempotency-Key"}));
     }
-    let generates = tagged(operation, &["generation"]);
     let Some(responses) = operation.get_mut("responses").and_then(Value::as_object_mut) else { return };
-    let general = [
-        ("404", generates, "No such model."),
-        ("409", generates, "The model is not ready."),
-        ("429", generates, "The model's queue is full, or the key has sent too many requests."),
-        ("429", !public, "The key has sent too many requests; try again after `Retry-After` seconds."),
-        ("503", generates, "The model is loading, or its engine failed."),
-        ("504", generates, "The answer took longer than the server allows."),
-        ("400", !public, "Malformed or out of bounds; `param` says where."),
-        ("401", !public, "No valid API key."),
-        ("403", admin, "The key is not an admin's."),
-        ("404", has_id, "Unknown, or another project's."),
-        ("408", posted, "The body stopped arriving."),
-        ("409", creates, "The first request with this `Idempotency-Key` is still being answered."),
-        ("413", posted, "The body is over the limit."),
-        ("415", has_body, "The body is of another content type."),
-        ("422", has_json || creates, "Valid by the schema, but impossible here; `code` and `param` say why."),
-        ("500", true, "Something failed inside; the log has it under the answer's x-request-id."),
-        ("503", !public, "The database is away or there is no capacity; try again after `Retry-After` seconds."),
-        ("507", has_body, "The disk or the project's quota on storage is full."),
-    ];
-    for (status, _, description) in general.into_iter().filter(|(_, applies, _)| *applies) {
+    for (status, _, description) in traits.refusals().into_iter().filter(|(_, applies, _)| *applies) {
         responses.entry(status).or_insert_with(|| json!({ "description": description }));
     }
     for (status, response) in responses.iter_mut() {
-        let stated: &[&str] = match status.as_str() {
-            "409" if creates => &["x-request-id", "Retry-After", "x-should-retry"],
-            "409" | "504" | "507" => &["x-request-id", "x-should-retry"],
-            "429" => &[
-                "x-request-id",
-                "Retry-After",
-                "x-ratelimit-limit-requests",
-                "x-ratelimit-remaining-requests",
-                "x-ratelimit-reset-requests",
-            ],
-            "503" => &["x-request-id", "Retry-After"],
-            "200" | "201" if creates => &["x-request-id", "idempotent-replayed"],
-            _ => &["x-request-id"],
-        };
-        let headers: Map<String, Value> =
-            stated.iter().map(|name| ((*name).to_owned(), json!({"$ref": format!("#/components/headers/{name}")}))).collect();
+        let header = |name: &&str| ((*name).to_owned(), json!({"$ref": format!("#/components/headers/{name}")}));
+        let headers: Map<String, Value> = traits.headers(status).iter().map(header).collect();
         if !status.starts_with('2') && response["content"].is_null() {
             response["content"] =
                 json!({"application/json": {"schema": {"$ref": format!("#/components/schemas/{}", ErrorBody::name())}}});

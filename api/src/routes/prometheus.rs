@@ -7,6 +7,7 @@ use axum::{
     http::{HeaderMap, HeaderValue, Uri, header, request::Parts},
     response::{IntoResponse, Response},
 };
+use sqlx::PgPool;
 use subtle::ConstantTimeEq;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
@@ -63,91 +64,91 @@ struct Family {
     samples: Vec<(String, f64)>,
 }
 
+impl Family {
+    fn gauge(name: &'static str, help: &'static str, samples: Vec<(String, f64)>) -> Family {
+        Family { name, kind: "gauge", help, samples }
+    }
+}
+
 async fn render(state: &AppState) -> Result<String, ApiError> {
+    let mut families = jobs(&state.db).await?;
+    families.extend([runners(&state.db).await?, replicas(&state.db).await?]);
+    families.extend(disk(state).await?);
+    families.push(requests(state));
+    Ok(families.iter().map(family_text).collect())
+}
+
+async fn jobs(db: &PgPool) -> Result<Vec<Family>, sqlx::Error> {
     let jobs = sqlx::query!(
         r#"SELECT kind, state, count(*) AS "count!" FROM jobs WHERE deleted_at IS NULL GROUP BY kind, state ORDER BY kind, state"#
     )
-    .fetch_all(&state.db)
+    .fetch_all(db)
     .await?;
     let queued = sqlx::query!(
         r#"SELECT pool, count(*) AS "count!", coalesce(extract(epoch FROM now() - min(queued_at)), 0)::float8 AS "oldest!"
            FROM jobs WHERE state = 'queued' AND finished_at IS NULL GROUP BY pool ORDER BY pool"#
     )
-    .fetch_all(&state.db)
+    .fetch_all(db)
     .await?;
+    Ok(vec![
+        Family::gauge(
+            "lathe_jobs",
+            "Jobs by kind and state.",
+            jobs.iter().map(|row| (format!(r#"kind="{}",state="{}""#, row.kind, row.state), row.count as f64)).collect(),
+        ),
+        Family::gauge(
+            "lathe_queue_depth",
+            "Jobs that wait for a slot, by pool.",
+            queued.iter().map(|row| (format!(r#"pool="{}""#, row.pool), row.count as f64)).collect(),
+        ),
+        Family::gauge(
+            "lathe_queue_oldest_seconds",
+            "Age of the oldest waiting job, by pool.",
+            queued.iter().map(|row| (format!(r#"pool="{}""#, row.pool), row.oldest)).collect(),
+        ),
+    ])
+}
+
+async fn runners(db: &PgPool) -> Result<Family, sqlx::Error> {
     let runners = sqlx::query!(
         r#"SELECT count(*) FILTER (WHERE expires_at > now()) AS "live!", count(*) FILTER (WHERE expires_at <= now()) AS "lost!"
            FROM runners WHERE stopped_at IS NULL"#
     )
-    .fetch_one(&state.db)
+    .fetch_one(db)
     .await?;
+    let samples = vec![(r#"state="live""#.to_owned(), runners.live as f64), (r#"state="lost""#.to_owned(), runners.lost as f64)];
+    Ok(Family::gauge("lathe_runners", "Runners that have not stopped, by whether their lease holds.", samples))
+}
+
+async fn replicas(db: &PgPool) -> Result<Family, sqlx::Error> {
     let replicas = sqlx::query!(
         r#"SELECT state, count(*) AS "count!" FROM replicas WHERE state <> 'stopped' GROUP BY state ORDER BY state"#
     )
-    .fetch_all(&state.db)
+    .fetch_all(db)
     .await?;
+    let samples = replicas.iter().map(|row| (format!(r#"state="{}""#, row.state), row.count as f64)).collect();
+    Ok(Family::gauge("lathe_replicas", "Replicas of models by state.", samples))
+}
+
+async fn disk(state: &AppState) -> Result<[Family; 2], ApiError> {
     let free = state.free_bytes().await.map_err(ApiError::internal)?;
+    let one = |bytes: u64| vec![(String::new(), bytes as f64)];
+    let low_mark = one(state.config.disk_low_bytes);
+    Ok([
+        Family::gauge("lathe_disk_free_bytes", "Free bytes on the artifacts' file system.", one(free)),
+        Family::gauge("lathe_disk_low_mark_bytes", "Below this many free bytes, jobs pause.", low_mark),
+    ])
+}
+
+fn requests(state: &AppState) -> Family {
     let requests = state.requests.snapshot();
-    let one = |value: f64| vec![(String::new(), value)];
-    let families = [
-        Family {
-            name: "lathe_jobs",
-            kind: "gauge",
-            help: "Jobs by kind and state.",
-            samples: jobs.iter().map(|row| (format!(r#"kind="{}",state="{}""#, row.kind, row.state), row.count as f64)).collect(),
-        },
-        Family {
-            name: "lathe_queue_depth",
-            kind: "gauge",
-            help: "Jobs that wait for a slot, by pool.",
-            samples: queued.iter().map(|row| (format!(r#"pool="{}""#, row.pool), row.count as f64)).collect(),
-        },
-        Family {
-            name: "lathe_queue_oldest_seconds",
-            kind: "gauge",
-            help: "Age of the oldest waiting job, by pool.",
-            samples: queued.iter().map(|row| (format!(r#"pool="{}""#, row.pool), row.oldest)).collect(),
-        },
-        Family {
-            name: "lathe_runners",
-            kind: "gauge",
-            help: "Runners that have not stopped, by whether their lease holds.",
-            samples: vec![
-                (r#"state="live""#.to_owned(), runners.live as f64),
-                (r#"state="lost""#.to_owned(), runners.lost as f64),
-            ],
-        },
-        Family {
-            name: "lathe_replicas",
-            kind: "gauge",
-            help: "Replicas of models by state.",
-            samples: replicas.iter().map(|row| (format!(r#"state="{}""#, row.state), row.count as f64)).collect(),
-        },
-        Family {
-            name: "lathe_disk_free_bytes",
-            kind: "gauge",
-            help: "Free bytes on the artifacts' file system.",
-            samples: one(free as f64),
-        },
-        Family {
-            name: "lathe_disk_low_mark_bytes",
-            kind: "gauge",
-            help: "Below this many free bytes, jobs pause.",
-            samples: one(state.config.disk_low_bytes as f64),
-        },
-        Family {
-            name: "lathe_http_requests_total",
-            kind: "counter",
-            help: "Answers of this process since it started.",
-            samples: requests
-                .iter()
-                .map(|((method, route, status), count)| {
-                    (format!(r#"method="{method}",route="{route}",status="{status}""#), *count as f64)
-                })
-                .collect(),
-        },
-    ];
-    Ok(families.iter().map(family_text).collect())
+    let samples = requests
+        .iter()
+        .map(|((method, route, status), count)| {
+            (format!(r#"method="{method}",route="{route}",status="{status}""#), *count as f64)
+        })
+        .collect();
+    Family { name: "lathe_http_requests_total", kind: "counter", help: "Answers of this process since it started.", samples }
 }
 
 fn family_text(family: &Family) -> String {

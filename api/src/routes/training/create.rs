@@ -9,7 +9,7 @@ use lathe_jobs::{
     state::ResourceState,
 };
 use lathe_model::{
-    config::{Method, ModelConfig, Template, Validation},
+    config::{ModelConfig, Template, Validation},
     protocol::Level,
 };
 use serde_json::{Value, json};
@@ -111,10 +111,7 @@ pub(in crate::routes) async fn insert(
             tuned_model_id(base, &project, suffix.unwrap_or_default(), &id)
         }
     };
-    let template = match request.method {
-        Method::Instruction { template: Template::Ins } => Some("ins"),
-        Method::Pretrain { .. } => None,
-    };
+    let template = request.method.template().map(Template::name);
     let config = serde_json::to_value(&start.config).map_err(ApiError::internal)?;
     let name = request.name.clone().unwrap_or_else(|| model_id.clone());
     let metadata = Metadata(request.metadata.clone()).to_row();
