@@ -48,12 +48,17 @@ impl Small {
             return Filler::Pretended(pretence);
         }
         let artifacts = self.bench.app.artifacts();
-        let found = nix::sys::statvfs::statvfs(&artifacts).expect("it is there");
-        let free = found.blocks_available() * found.fragment_size();
         let path = artifacts.join("filler");
         let file = File::create(&path).expect("it is writable");
-        let bytes = i64::try_from(free.saturating_sub(left)).expect("a small disk");
-        nix::fcntl::posix_fallocate(&file, 0, bytes).expect("as much is free");
+        // The stack may write between the look and the taking: then it is looked again.
+        let taken = (0..100).any(|_| {
+            file.set_len(0).expect("it is ours");
+            let found = nix::sys::statvfs::statvfs(&artifacts).expect("it is there");
+            let free = found.blocks_available() * found.fragment_size();
+            let bytes = i64::try_from(free.saturating_sub(left)).expect("a small disk");
+            nix::fcntl::posix_fallocate(&file, 0, bytes).is_ok()
+        });
+        assert!(taken, "the disk does not hold still");
         Filler::File(path)
     }
 }
