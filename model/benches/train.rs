@@ -35,7 +35,7 @@ use lathe_model::{
 use serde_json::json;
 use tch::{Device, Tensor};
 
-use self::peer::{Peer, SEED, Shape, spread};
+use self::peer::{Peer, SEED, Shape, figure, spread};
 
 mod peer;
 
@@ -68,6 +68,9 @@ struct Case {
     data: Data,
     /// Steps of a round.
     steps: u64,
+    /// Of the speed over PyTorch's, however it is set.
+    goal: f64,
+    expected: &'static str,
 }
 
 const SMALL: Shape = Shape { layers: 4, heads: 4, width: 128, context: 64, vocabulary: 4096 };
@@ -75,12 +78,20 @@ const MEDIUM: Shape = Shape { layers: 6, heads: 6, width: 384, context: 256, voc
 const GPT2_SMALL: Shape = Shape { layers: 12, heads: 12, width: 768, context: 512, vocabulary: 50_257 };
 
 const CASES: [Case; 6] = [
-    Case { name: "small-texts", shape: SMALL, batch_size: 12, data: Data::Texts, steps: 20 },
-    Case { name: "small-pairs", shape: SMALL, batch_size: 12, data: Data::Pairs, steps: 20 },
-    Case { name: "medium-texts", shape: MEDIUM, batch_size: 8, data: Data::Texts, steps: 2 },
-    Case { name: "medium-pairs", shape: MEDIUM, batch_size: 8, data: Data::Pairs, steps: 2 },
-    Case { name: "gpt2-small-texts", shape: GPT2_SMALL, batch_size: 2, data: Data::Texts, steps: 1 },
-    Case { name: "gpt2-small-pairs", shape: GPT2_SMALL, batch_size: 2, data: Data::Pairs, steps: 1 },
+    Case {
+        name: "small-texts",
+        shape: SMALL,
+        batch_size: 12,
+        data: Data::Texts,
+        steps: 20,
+        goal: 1.2,
+        expected: "1.2, measured before the goal was judged here",
+    },
+    Case { name: "small-pairs", shape: SMALL, batch_size: 12, data: Data::Pairs, steps: 20, goal: 1.0, expected: "1.4" },
+    Case { name: "medium-texts", shape: MEDIUM, batch_size: 8, data: Data::Texts, steps: 2, goal: 1.0, expected: "1.1" },
+    Case { name: "medium-pairs", shape: MEDIUM, batch_size: 8, data: Data::Pairs, steps: 2, goal: 1.0, expected: "1.2" },
+    Case { name: "gpt2-small-texts", shape: GPT2_SMALL, batch_size: 2, data: Data::Texts, steps: 1, goal: 1.0, expected: "1.05" },
+    Case { name: "gpt2-small-pairs", shape: GPT2_SMALL, batch_size: 2, data: Data::Pairs, steps: 1, goal: 1.0, expected: "1.1" },
 ];
 
 impl Case {
@@ -89,6 +100,11 @@ impl Case {
             Data::Texts => Method::Pretrain { objective: Objective::CausalLm },
             Data::Pairs => Method::Instruction { template: Template::Ins },
         }
+    }
+
+    /// Tokens of a round, padding included.
+    fn tokens(&self) -> u64 {
+        self.steps * self.batch_size * self.shape.context as u64
     }
 
     /// Steps in all, with some to spare.
@@ -344,6 +360,15 @@ fn measure(case: &Case, precision: Precision, prepared: &Prepared) {
         step(|cost| cost.processor),
         rivals[0].loss
     );
+    let speeds = |rounds: &[Cost]| -> Vec<f64> { rounds.iter().map(|round| case.tokens() as f64 / round.wall).collect() };
+    let best = rivals.iter().max_by(|a, b| {
+        let [median, other] = [a, b].map(|rival| spread(speeds(&rival.rounds))[0]);
+        median.total_cmp(&other)
+    });
+    if let Some(best) = best {
+        let name = format!("train/{}-{}", case.name, if precision == Precision::Bf16 { "bf16" } else { "fp32" });
+        figure(&name, "tokens/s", [&speeds(&rounds), &speeds(&best.rounds)], case.goal, case.expected);
+    }
     for rival in &rivals {
         let ratios = |cost: fn(&Cost) -> f64| {
             let [median, low, high] = spread(rival.rounds.iter().zip(&rounds).map(|(theirs, ours)| cost(theirs) / cost(ours)));

@@ -14,7 +14,7 @@ from report import ROOT, show
 
 sys.path[:0] = [str(ROOT / ".ci"), str(ROOT / "tests")]
 
-PARTS = ["queue", "serve", "api", "upload", "ingest", "tokenizer", "train", "decode"]
+PARTS = ["queue", "serve", "api", "upload", "ingest", "tokenizer", "train", "share", "decode", "bandwidth"]
 
 
 def main() -> int:

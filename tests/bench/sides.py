@@ -54,13 +54,21 @@ def bench_binary(package: str, name: str) -> Path:
 
 
 def model_bench(name: str) -> list[Figure]:
-    """A bench of lathe-model beside PyTorch, fetched once (about 5 GB); it prints what it finds, so no figure is judged
-    here. Threads that wait sleep soon, as in a worker: spinning would measure what else the machine does."""
+    """A bench of lathe-model, mostly beside PyTorch, fetched once (about 5 GB): the figures among the lines that it prints.
+    Threads that wait sleep soon, as in a worker: spinning would measure what else the machine does."""
     peer = subprocess.run([sys.executable, ROOT / "docker/setup.py", "peer"], stdout=subprocess.PIPE, text=True, check=True)
     environment = {**os.environ, "LATHE_PEER": peer.stdout.strip(), "GOMP_SPINCOUNT": "1000"}
-    if subprocess.run(["cargo", "bench", "--locked", "-p", "lathe-model", "--bench", name], cwd=ROOT, env=environment).returncode:
+    ran = subprocess.Popen(["cargo", "bench", "--locked", "-p", "lathe-model", "--bench", name], cwd=ROOT, env=environment,
+                           stdout=subprocess.PIPE, text=True)
+    figures = []
+    for line in ran.stdout:
+        if line.startswith("FIGURE "):
+            figures.append(Figure(**json.loads(line.removeprefix("FIGURE "))))
+        else:
+            print(line, end="", flush=True)
+    if ran.wait():
         sys.exit(f"the bench {name} failed")
-    return []
+    return figures
 
 
 def packages(part: str) -> Path:

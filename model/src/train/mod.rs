@@ -13,6 +13,8 @@ mod resolve;
 mod run;
 pub mod state;
 
+use std::time::Instant;
+
 use crate::{
     control::{Control, Reporter},
     protocol::{Level, Phase, Report, TaskResult, TrainTask},
@@ -29,6 +31,7 @@ pub fn train(task: &TrainTask, threads: usize, control: &Control, report: &mut R
     let mut run = prepare::prepare(task, threads, report)?;
     run.rehearse_saving(report)?;
     report.send(Report::Phase { phase: Phase::Training });
+    let begun = Instant::now();
     match take_steps(&mut run, control, report) {
         Err(Halt::Stopped) if control.is_pausing() => {
             run.save(false, report)?;
@@ -37,6 +40,7 @@ pub fn train(task: &TrainTask, threads: usize, control: &Control, report: &mut R
         taken => taken?,
     }
     run.save(false, report)?;
+    tracing::info!(step = run.state.step, seconds = begun.elapsed().as_secs_f64(), "trained");
     report.send(Report::Phase { phase: Phase::Publishing });
     run.publish()
 }

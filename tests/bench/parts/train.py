@@ -1,4 +1,4 @@
-"""Training beside PyTorch: `model/benches/train.rs` prints its own table."""
+"""Training beside PyTorch: `model/benches/train.rs`, which prints more than is judged."""
 
 from report import Figure
 from sides import model_bench
