@@ -1,10 +1,10 @@
 //! Ends attempts whose lease has run out, so that no job waits for a runner that is gone.
 //!
 //! Every runner has a reaper; rows are taken with SKIP LOCKED, so several never do the same twice.
-//! After it first reaches the database, and again after each time it could not or waited long for an
-//! answer, a reaper waits one lease: runners that were cut off with it renew theirs first.
+//! After it first reaches the database, and again after each time it could not, waited long for an answer,
+//! or stood still itself, a reaper waits one lease: runners that were cut off with it renew theirs first.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::{Connection, PgConnection, PgPool};
 
@@ -13,9 +13,10 @@ use crate::{artifacts::Artifacts, ending, lease::LeaseError, replicas, settle, w
 /// Works until it is dropped.
 pub async fn run(db: PgPool, artifacts: Artifacts, lease_seconds: f64) {
     let lease = Duration::from_secs_f64(lease_seconds);
-    let mut reached = false;
+    let (mut reached, mut looked) = (false, Instant::now());
     loop {
-        if !reached {
+        // Whatever held this one up may have held up its neighbours, and a cut in that time goes unseen.
+        if !reached || looked.elapsed() > lease / 2 {
             match answered(sqlx::query_scalar!("SELECT 1 AS one").fetch_one(&db)).await {
                 Ok(_) => tokio::time::sleep(lease).await,
                 Err(error) => {
@@ -38,6 +39,7 @@ pub async fn run(db: PgPool, artifacts: Artifacts, lease_seconds: f64) {
                 false
             }
         };
+        looked = Instant::now();
         tokio::time::sleep((lease / 3).min(Duration::from_secs(1))).await;
     }
 }

@@ -51,7 +51,8 @@ fn on_a_terminal_it_draws_and_ctrl_c_ends_it_half_way() {
     let terminal = openpty(None, None).expect("a terminal");
     let stdout = Stdio::from(terminal.slave);
     let mut command = demo(port, &data_dir);
-    command.env_remove("DATABASE_URL").stdin(Stdio::null()).stdout(stdout).stderr(Stdio::piped());
+    // Every terminal says what it is, even where the tests run without one.
+    command.env("TERM", "xterm").env_remove("DATABASE_URL").stdin(Stdio::null()).stdout(stdout).stderr(Stdio::piped());
     let mut running = command.spawn().expect("lathe runs");
     drop(command);
     let screen = watch(File::from(terminal.master));
