@@ -3,14 +3,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup env build run demo test chaos fuzz contract bench check fmt sqlx openapi sdk fresh image compose-test
+.PHONY: help setup env build run demo test chaos fuzz contract bench check fmt sqlx openapi sdk s3-test fresh image compose-test
 
 # The build's environment, from what setup fetched. SQL is checked against .sqlx, so no build needs
 # a database.
 ENV := eval "$$(python3 docker/setup.py env)"; export SQLX_OFFLINE=true;
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 22
 
 setup: ## Name what is missing, fetch libtorch and, where there is none, PostgreSQL
 	@python3 docker/setup.py
@@ -62,6 +62,9 @@ compose-test: ## The main job through docker/compose.yaml, the container that tr
 
 fresh: ## `make demo` and `make test` in a bare Debian container, on a clone of what is committed
 	@python3 tests/containers/fresh.py
+
+s3-test: build ## Machines that share nothing but a database and a bucket, through losses of both kinds
+	@$(ENV) python3 tests/bucket/run.py
 
 check: setup ## Format, lints, generated files fresh
 	@$(ENV) cargo fmt --all --check; \

@@ -7,7 +7,11 @@ use std::{net::SocketAddr, num::NonZeroU32, path::PathBuf, time::Duration};
 
 use axum::http::HeaderValue;
 use clap::{Args, Parser, Subcommand, ValueEnum, builder::FalseyValueParser};
-use lathe_jobs::{context::RunnerConfig, internal_addr::InternalAddr};
+use lathe_jobs::{
+    artifacts::bucket::{Bucket, BucketError},
+    context::RunnerConfig,
+    internal_addr::InternalAddr,
+};
 
 use crate::state::ApiConfig;
 
@@ -148,6 +152,10 @@ pub struct StoreArgs {
     /// Where files, datasets, checkpoints and models are kept [default: artifacts in the data directory].
     #[arg(long, env = "LATHE_ARTIFACTS", value_name = "FOLDER")]
     pub artifacts: Option<PathBuf>,
+    /// A bucket where they lie instead, of which the folder is then a working copy: `s3://bucket/prefix`. Keys,
+    /// region and endpoint come from the environment, as for Amazon's tools.
+    #[arg(long, env = "LATHE_ARTIFACT_STORE", value_name = "URL")]
+    pub artifact_store: Option<String>,
     /// Free bytes of the artifacts' disk below which `/readyz` fails and no job starts.
     #[arg(long, env = "LATHE_DISK_LOW", default_value_t = 1 << 30, value_name = "BYTES")]
     pub disk_low_bytes: u64,
@@ -156,6 +164,12 @@ pub struct StoreArgs {
 impl StoreArgs {
     pub fn folder(&self, database: &DatabaseArgs) -> PathBuf {
         self.artifacts.clone().unwrap_or_else(|| database.data_dir.join("artifacts"))
+    }
+
+    /// # Errors
+    /// A URL or settings that name no bucket.
+    pub fn bucket(&self) -> Result<Option<Bucket>, BucketError> {
+        self.artifact_store.as_deref().filter(|url| !url.is_empty()).map(Bucket::open).transpose()
     }
 }
 
@@ -299,8 +313,9 @@ impl RunnerOptions {
         ]
     }
 
-    pub fn config(&self, database_url: String, store: &StoreArgs, database: &DatabaseArgs) -> RunnerConfig {
-        RunnerConfig {
+    pub fn config(&self, database_url: String, store: &StoreArgs, database: &DatabaseArgs) -> Result<RunnerConfig, BucketError> {
+        Ok(RunnerConfig {
+            bucket: store.bucket()?,
             disk_low_bytes: store.disk_low_bytes,
             lease_seconds: self.lease_seconds,
             stall: Duration::from_secs(self.stall_seconds),
@@ -311,7 +326,7 @@ impl RunnerOptions {
             log: crate::logging::apply,
             offer_devices: !self.light_only,
             ..RunnerConfig::new(database_url, store.folder(database))
-        }
+        })
     }
 }
 

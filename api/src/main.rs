@@ -13,7 +13,7 @@ use lathe_api::{
     state::{self, AppState},
     supervisor::{self, Database, ServeError},
 };
-use lathe_jobs::{artifacts::Artifacts, log_filter, runner, store_id};
+use lathe_jobs::{artifacts::Artifacts, housekeeping, log_filter, runner, store_id};
 use sqlx::{Connection, PgConnection};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -108,9 +108,12 @@ async fn run_api(args: ApiArgs) -> Outcome {
     if let Some(key) = args.options.api_key.as_deref().filter(|key| !key.is_empty()) {
         auth::bootstrap(&mut conn, key).await?;
     }
-    let artifacts = Artifacts::open(args.store.folder(&args.database))?.with_reserve(args.store.disk_low_bytes);
+    let artifacts = Artifacts::open(args.store.folder(&args.database))?
+        .with_reserve(args.store.disk_low_bytes)
+        .with_bucket(args.store.bucket()?);
     store_id::write(&mut conn, &artifacts).await?;
     drop(conn);
+    tokio::spawn(housekeeping::keep_copies(db.clone(), artifacts.clone(), args.store.disk_low_bytes));
     tokio::spawn(log_filter::follow(db.clone(), logging::apply));
     let state = AppState::new(db, artifacts, args.options.config(&args.store));
     let (stop, shutdown) = (stopped()?, state.shutdown.clone());
@@ -126,7 +129,7 @@ async fn run_runner(args: RunnerArgs, log: &LogOptions) -> Outcome {
     let mut conn = PgConnection::connect(&database_url).await?;
     migrate::check(&mut conn).await?;
     conn.close().await?;
-    let mut config = args.options.config(database_url, &args.store, &args.database);
+    let mut config = args.options.config(database_url, &args.store, &args.database)?;
     config.schema_version = Some(migrate::binary_version());
     config.otlp_endpoint = log.collector().map(str::to_owned);
     Ok(runner::run(config, stopped()?).await?)

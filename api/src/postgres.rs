@@ -202,7 +202,7 @@ impl Postgres {
         // Messages in one language; the current folder may be closed to the user.
         command.env("LC_MESSAGES", "C").current_dir(self.home.folder());
         // What the server has no use for, it is not told.
-        for secret in ["LATHE_API_KEY", "LATHE_METRICS_TOKEN", "DATABASE_URL"] {
+        for secret in ["LATHE_API_KEY", "LATHE_METRICS_TOKEN", "DATABASE_URL", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"] {
             command.env_remove(secret);
         }
         if let Some(User { uid, gid, .. }) = self.home.user() {

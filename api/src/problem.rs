@@ -283,7 +283,15 @@ fn from_database(cause: &dyn sqlx::error::DatabaseError) -> ApiError {
 
 impl From<ArtifactError> for ApiError {
     fn from(error: ArtifactError) -> ApiError {
-        if error.is_disk_full() { ApiError::insufficient_storage() } else { ApiError::internal(error) }
+        if error.is_disk_full() {
+            return ApiError::insufficient_storage();
+        }
+        if error.is_away() {
+            tracing::warn!(%error, "the artifact store cannot be reached");
+            let message = "The artifact store cannot be reached just now; try again in a few seconds.";
+            return ApiError::unavailable("artifact_store_unavailable", 2, message);
+        }
+        ApiError::internal(error)
     }
 }
 

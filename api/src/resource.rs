@@ -150,16 +150,8 @@ pub async fn require_storage(conn: &mut PgConnection, project_id: &str, more: i6
 
 /// Removes what no row names any more. What cannot be removed now is left to housekeeping.
 pub async fn remove_artifacts(state: &AppState, keys: Vec<String>) {
-    let artifacts = state.artifacts.clone();
-    let removal = move || {
-        for key in keys {
-            if let Err(error) = artifacts.remove(&key) {
-                tracing::warn!(%error, key, "an artifact could not be removed");
-            }
-        }
-    };
-    if let Err(error) = lathe_jobs::waiting::blocking(removal).await {
-        tracing::warn!(%error, "removing artifacts broke off");
+    if let Err(error) = state.artifacts.remove_all(keys).await {
+        tracing::warn!(%error, "artifacts could not be removed");
     }
 }
 

@@ -305,6 +305,7 @@ fn parts(args: &ServeArgs, log: &LogOptions, data: &DataDir, database_url: &str,
     common.push(("DATABASE_URL", database_url.to_owned()));
     common.push(("LATHE_DATA_DIR", data.path().display().to_string()));
     common.push(("LATHE_ARTIFACTS", artifacts.display().to_string()));
+    common.extend(args.store.artifact_store.clone().map(|url| ("LATHE_ARTIFACT_STORE", url)));
     common.push(("LATHE_DISK_LOW", args.store.disk_low_bytes.to_string()));
     let with = |more: Vec<(&'static str, String)>| common.iter().cloned().chain(more).collect();
     let mut api = args.api.clone();

@@ -5,7 +5,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use lathe_jobs::{artifacts::Artifacts, waiting};
 use lathe_model::tokenizer::Tokenizer;
+
+use crate::problem::ApiError;
 
 /// Tokenizers kept in memory; the least recently used goes first.
 const KEPT: usize = 16;
@@ -21,12 +24,18 @@ struct Kept {
 }
 
 impl TokenizerCache {
-    /// The tokenizer at `key`; loaded outside the lock, so a slow load delays nobody else.
-    pub fn get_or_load<E>(&self, key: &str, load: impl FnOnce() -> Result<Tokenizer, E>) -> Result<Arc<Tokenizer>, E> {
+    /// The tokenizer of the artifact at `key`, which may be a model's; `None` where there is no such artifact.
+    /// Loaded outside the lock, so a slow load delays nobody else.
+    pub async fn load(&self, artifacts: &Artifacts, key: &str) -> Result<Option<Arc<Tokenizer>>, ApiError> {
         if let Some(tokenizer) = self.touch(key) {
-            return Ok(tokenizer);
+            return Ok(Some(tokenizer));
         }
-        let tokenizer = Arc::new(load()?);
+        let Some(folder) = artifacts.fetch_files(key, &Tokenizer::FILES).await? else { return Ok(None) };
+        let loaded = waiting::blocking(move || Tokenizer::load(&folder)).await.map_err(ApiError::internal)?;
+        Ok(Some(self.keep(key, Arc::new(loaded.map_err(ApiError::internal)?))))
+    }
+
+    fn keep(&self, key: &str, tokenizer: Arc<Tokenizer>) -> Arc<Tokenizer> {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         kept.clock += 1;
         let clock = kept.clock;
@@ -35,7 +44,7 @@ impl TokenizerCache {
             let oldest = kept.tokenizers.iter().min_by_key(|(_, (used, _))| *used).map(|(key, _)| key.clone());
             oldest.and_then(|oldest| kept.tokenizers.remove(&oldest));
         }
-        Ok(tokenizer)
+        tokenizer
     }
 
     fn touch(&self, key: &str) -> Option<Arc<Tokenizer>> {

@@ -57,13 +57,8 @@ pub async fn register(
     staged: &Staged,
 ) -> Result<String, LeaseError> {
     let key = key(&lease.job_id, lease.attempt, staged.step);
-    let synced = staged.folder.clone();
-    // Written through to disk before the attempt is held, which is then only for a rename.
-    blocking(move || {
-        let _ = crate::artifacts::sync_tree(&synced);
-        Ok(())
-    })
-    .await?;
+    // Before the attempt is held, which is then only for a rename.
+    artifacts.persist(&staged.folder, &key).await?;
     let mut tx = conn.begin().await?;
     lease::fence(&mut tx, lease).await?;
     let bytes = {
@@ -106,9 +101,7 @@ pub async fn prune(conn: &mut PgConnection, artifacts: &Artifacts, lease: &Lease
     lease::fence(&mut tx, lease).await?;
     let removed = remove_surplus(&mut tx, &lease.job_id, keep).await?;
     tx.commit().await?;
-    let artifacts = artifacts.clone();
-    blocking(move || removed.iter().try_for_each(|key| artifacts.remove(key))).await?;
-    Ok(())
+    Ok(artifacts.remove_all(removed).await?)
 }
 
 /// The database's half of [`prune`], for whoever may write about the job; the keys of the folders to

@@ -9,13 +9,20 @@ use std::{
 use sqlx::PgPool;
 use tokio::sync::{Notify, broadcast, watch};
 
-use crate::{artifacts::Artifacts, housekeeping, internal_addr::InternalAddr, machine, waiting};
+use crate::{
+    artifacts::{Artifacts, bucket::Bucket},
+    housekeeping,
+    internal_addr::InternalAddr,
+    machine, waiting,
+};
 
 #[derive(Clone, Debug)]
 pub struct RunnerConfig {
     pub database_url: String,
-    /// The folder of the artifact store, the same for every process of an installation.
+    /// The folder of the artifact store: without a bucket, the same for every process of an installation.
     pub artifacts: PathBuf,
+    /// Where artifacts lie, if not in the folder alone.
+    pub bucket: Option<Bucket>,
     /// Shown in `runners`; by default the host's name.
     pub name: String,
     /// After this time without a heartbeat a runner has lost its jobs.
@@ -55,6 +62,7 @@ impl RunnerConfig {
         RunnerConfig {
             database_url: database_url.into(),
             artifacts: artifacts.into(),
+            bucket: None,
             name: machine::host(),
             lease_seconds: 10.0,
             light_slots: 2,

@@ -1,11 +1,12 @@
 //! Sweeps what nothing refers to any more, and nothing else: expired files, uploads and idempotent
 //! requests, old entries of the audit log, artifacts and checkpoint folders without a row, checkpoints that an ended job need not keep,
-//! staging folders of attempts that have ended, logs of deleted jobs, temporary files, and token shards
-//! that were not used for long or are too many. Also where the disk stands.
+//! staging folders of attempts that have ended, logs of deleted jobs, temporary files, and token shards and
+//! copies of what lies in a bucket that were not used for long or are too many. Also where the disk stands.
 //!
 //! Several runners may sweep at once; everything here may be repeated. What lies in the store is touched
 //! only when it has been left alone for [`LEFT_ALONE`] (publishing counts as a touch), and its rows are
-//! asked after it was listed, so nothing that is being published is mistaken for a leftover.
+//! asked after it was listed, so nothing that is being published is mistaken for a leftover. What is swept
+//! from the store goes from its bucket too; other machines' copies go when they sweep.
 
 use std::{
     fs, io,
@@ -17,13 +18,17 @@ use std::{
 use sqlx::PgPool;
 
 use crate::{
-    artifacts::{ArtifactError, Artifacts, SHARDS},
+    artifacts::{ArtifactError, Artifacts, EXCERPTS, SHARDS},
     audit::{self, Actor, Deed, Entry},
     checkpoints,
     context::Context,
     publish::blocking,
     waiting::{self, unless_stuck},
 };
+
+/// Where artifacts lie, and how many levels below.
+const KINDS: [(&str, usize); 6] =
+    [("files", 1), ("parts", 1), ("datasets", 2), ("tokenizers", 2), ("models", 2), ("checkpoints", 3)];
 
 const EVERY: Duration = Duration::from_secs(600);
 const LEFT_ALONE: Duration = Duration::from_secs(3600);
@@ -32,11 +37,12 @@ const ENGINE_LOGS: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Clocks of machines that share a store may differ by this much.
 const CLOCKS: Duration = Duration::from_secs(600);
 
-/// How much of the shard cache is kept. Whatever is lost is made again when it is needed.
+/// How much of the shard cache is kept, and of the copies of what lies in a bucket. Whatever is lost is made or
+/// copied again when it is needed.
 #[derive(Clone, Copy, Debug)]
 pub struct CacheLimits {
     pub unused_for: Duration,
-    /// Of all shards together, those in use aside; the ones used longest ago go first.
+    /// Of all of a kind together, those in use aside; the ones used longest ago go first.
     pub bytes: u64,
 }
 
@@ -63,16 +69,11 @@ pub fn disk_state(artifacts: &Artifacts, low_bytes: u64) -> io::Result<DiskState
     Ok(DiskState { free_bytes, total_bytes, low: free_bytes < low_bytes })
 }
 
-/// Sweeps now and then, until it is dropped. On a disk that is nearly full no shard is kept that is not in use.
+/// Sweeps now and then, until it is dropped.
 pub async fn run(context: Arc<Context>) {
-    let (db, artifacts, disk_low_bytes) = (&context.db, &context.artifacts, context.config.disk_low_bytes);
+    let (db, artifacts) = (&context.db, &context.artifacts);
     loop {
-        let store = artifacts.clone();
-        let disk = waiting::blocking(move || disk_state(&store, disk_low_bytes)).await;
-        let cache = match disk {
-            Ok(Ok(disk)) if disk.low => CacheLimits { bytes: 0, ..CacheLimits::default() },
-            _ => CacheLimits::default(),
-        };
+        let cache = limits(artifacts, context.config.disk_low_bytes).await;
         // Its questions are asked of whole tables, so they may take long.
         match unless_stuck(EVERY, round(db, artifacts, cache, context.config.audit_days)).await {
             Ok(Ok(())) => {}
@@ -80,6 +81,31 @@ pub async fn run(context: Arc<Context>) {
             Err(stuck) => tracing::warn!(error = %stuck, "housekeeping gave its round up"),
         }
         tokio::time::sleep(EVERY).await;
+    }
+}
+
+/// The api's part: where artifacts lie in a bucket, the copies on its machine are swept as a runner's are.
+pub async fn keep_copies(db: PgPool, artifacts: Artifacts, disk_low_bytes: u64) {
+    if artifacts.bucket().is_none() {
+        return;
+    }
+    loop {
+        let cache = limits(&artifacts, disk_low_bytes).await;
+        match unless_stuck(EVERY, unused(&db, &artifacts, cache)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "copies of artifacts could not be swept"),
+            Err(stuck) => tracing::warn!(error = %stuck, "copies of artifacts could not be swept"),
+        }
+        tokio::time::sleep(EVERY).await;
+    }
+}
+
+/// On a disk that is nearly full nothing is kept that is not in use.
+async fn limits(artifacts: &Artifacts, disk_low_bytes: u64) -> CacheLimits {
+    let store = artifacts.clone();
+    match waiting::blocking(move || disk_state(&store, disk_low_bytes)).await {
+        Ok(Ok(disk)) if disk.low => CacheLimits { bytes: 0, ..CacheLimits::default() },
+        _ => CacheLimits::default(),
     }
 }
 
@@ -102,11 +128,11 @@ pub async fn sweep(db: &PgPool, artifacts: &Artifacts, cache: CacheLimits) -> Re
     expired_files(db, artifacts).await?;
     expired_uploads(db, artifacts).await?;
     orphan_staging(db, artifacts).await?;
+    unused(db, artifacts, cache).await?;
     orphan_artifacts(db, artifacts).await?;
     orphan_checkpoints(db, artifacts).await?;
     surplus_checkpoints(db, artifacts).await?;
     orphan_logs(db, artifacts).await?;
-    unused_shards(db, artifacts, cache).await?;
     let temporary = artifacts.clone();
     blocking(move || remove_old(&temporary, "tmp", TEMPORARY)).await?;
     Ok(())
@@ -139,7 +165,7 @@ async fn expired_files(db: &PgPool, artifacts: &Artifacts) -> Result<(), SweepEr
         audit::record(&mut tx, entry).await?;
     }
     tx.commit().await?;
-    remove(artifacts, expired.into_iter().map(|file| file.artifact).collect()).await
+    Ok(artifacts.remove_all(expired.into_iter().map(|file| file.artifact).collect()).await?)
 }
 
 async fn expired_uploads(db: &PgPool, artifacts: &Artifacts) -> Result<(), SweepError> {
@@ -150,10 +176,10 @@ async fn expired_uploads(db: &PgPool, artifacts: &Artifacts) -> Result<(), Sweep
     )
     .fetch_all(db)
     .await?;
-    remove(artifacts, parts).await
+    Ok(artifacts.remove_all(parts).await?)
 }
 
-async fn remove(artifacts: &Artifacts, keys: Vec<String>) -> Result<(), SweepError> {
+async fn remove_here(artifacts: &Artifacts, keys: Vec<String>) -> Result<(), SweepError> {
     let artifacts = artifacts.clone();
     Ok(blocking(move || keys.iter().try_for_each(|key| artifacts.remove(key))).await?)
 }
@@ -166,23 +192,18 @@ async fn orphan_staging(db: &PgPool, artifacts: &Artifacts) -> Result<(), SweepE
                 .fetch_one(db)
                 .await?;
         if busy == 0 {
-            remove(artifacts, vec![format!("staging/{job}")]).await?;
+            remove_here(artifacts, vec![format!("staging/{job}")]).await?;
         }
     }
     Ok(())
 }
 
-/// What a crash left between the rename and the row, or between the row's end and the artifact's.
+/// What a crash left between the rename and the row, or between the row's end and the artifact's. What an attempt
+/// makes may wait for long in the bucket until the attempt ends.
 async fn orphan_artifacts(db: &PgPool, artifacts: &Artifacts) -> Result<(), SweepError> {
     let mut keys = Vec::new();
-    for folder in ["files", "parts"] {
-        keys.extend(old_entries(artifacts, folder).await?.into_iter().map(|name| format!("{folder}/{name}")));
-    }
-    for folder in ["datasets", "tokenizers", "models"] {
-        for id in entries(artifacts, folder).await? {
-            let attempts = old_entries(artifacts, &format!("{folder}/{id}")).await?;
-            keys.extend(attempts.into_iter().map(|attempt| format!("{folder}/{id}/{attempt}")));
-        }
+    for (folder, depth) in KINDS.into_iter().filter(|(folder, _)| *folder != "checkpoints") {
+        keys.extend(stored(artifacts, folder, depth, LEFT_ALONE).await?);
     }
     let orphans = sqlx::query_scalar!(
         r#"SELECT key AS "key!" FROM unnest($1::text[]) AS key
@@ -190,25 +211,23 @@ async fn orphan_artifacts(db: &PgPool, artifacts: &Artifacts) -> Result<(), Swee
              AND NOT EXISTS (SELECT FROM upload_parts r WHERE r.artifact = key)
              AND NOT EXISTS (SELECT FROM datasets r WHERE r.artifact = key)
              AND NOT EXISTS (SELECT FROM tokenizers r WHERE r.artifact = key)
-             AND NOT EXISTS (SELECT FROM models r WHERE r.artifact = key)"#,
+             AND NOT EXISTS (SELECT FROM models r WHERE r.artifact = key)
+             AND NOT EXISTS (SELECT FROM job_attempts a JOIN (
+                     SELECT 'datasets/' || id AS key, job_id FROM datasets UNION ALL
+                     SELECT 'tokenizers/' || id, job_id FROM tokenizers UNION ALL
+                     SELECT 'models/' || id, job_id FROM models) made USING (job_id)
+                 WHERE a.ended_at IS NULL AND made.key || '/' || a.n = key.key)"#,
         &keys,
     )
     .fetch_all(db)
     .await?;
     orphans.iter().for_each(|key| tracing::info!(key, "removing an artifact that no row names"));
-    remove(artifacts, orphans).await
+    Ok(artifacts.remove_all(orphans).await?)
 }
 
 /// The same for checkpoints; those of a running attempt are left until it has ended.
 async fn orphan_checkpoints(db: &PgPool, artifacts: &Artifacts) -> Result<(), SweepError> {
-    let mut keys = Vec::new();
-    for job in entries(artifacts, "checkpoints").await? {
-        for attempt in entries(artifacts, &format!("checkpoints/{job}")).await? {
-            for step in old_entries(artifacts, &format!("checkpoints/{job}/{attempt}")).await? {
-                keys.push(format!("checkpoints/{job}/{attempt}/{step}"));
-            }
-        }
-    }
+    let keys = stored(artifacts, "checkpoints", 3, LEFT_ALONE).await?;
     let orphans = sqlx::query_scalar!(
         r#"SELECT key AS "key!" FROM unnest($1::text[]) AS key
            WHERE NOT EXISTS (SELECT FROM checkpoints c WHERE c.artifact = key)
@@ -219,7 +238,7 @@ async fn orphan_checkpoints(db: &PgPool, artifacts: &Artifacts) -> Result<(), Sw
     .fetch_all(db)
     .await?;
     orphans.iter().for_each(|key| tracing::info!(key, "removing a checkpoint that no row names"));
-    remove(artifacts, orphans).await
+    Ok(artifacts.remove_all(orphans).await?)
 }
 
 /// What an ended job kept because it was in use then.
@@ -236,14 +255,16 @@ async fn surplus_checkpoints(db: &PgPool, artifacts: &Artifacts) -> Result<(), S
         let mut tx = db.begin().await?;
         let removed = checkpoints::remove_surplus(&mut tx, &job.id, job.keep).await?;
         tx.commit().await?;
-        remove(artifacts, removed).await?;
+        artifacts.remove_all(removed).await?;
     }
     Ok(())
 }
 
 /// Logs of jobs that were deleted, and of engines that went long ago.
 async fn orphan_logs(db: &PgPool, artifacts: &Artifacts) -> Result<(), SweepError> {
-    let jobs: Vec<String> = old_entries(artifacts, "logs").await?.into_iter().filter(|name| name != "replicas").collect();
+    let logs = stored(artifacts, "logs", 1, LEFT_ALONE).await?;
+    let jobs: Vec<String> =
+        logs.iter().filter_map(|key| key.strip_prefix("logs/")).filter(|job| *job != "replicas").map(Into::into).collect();
     let gone = sqlx::query_scalar!(
         r#"SELECT id AS "id!" FROM unnest($1::text[]) AS id
            WHERE NOT EXISTS (SELECT FROM jobs j WHERE j.id = id.id AND j.deleted_at IS NULL)"#,
@@ -251,7 +272,7 @@ async fn orphan_logs(db: &PgPool, artifacts: &Artifacts) -> Result<(), SweepErro
     )
     .fetch_all(db)
     .await?;
-    remove(artifacts, gone.into_iter().map(|job| format!("logs/{job}")).collect()).await?;
+    artifacts.remove_all(gone.into_iter().map(|job| format!("logs/{job}")).collect()).await?;
     let logs = list(artifacts, "logs/replicas", ENGINE_LOGS).await?;
     let gone = sqlx::query_scalar!(
         r#"SELECT log AS "log!" FROM unnest($1::text[]) AS log
@@ -260,31 +281,61 @@ async fn orphan_logs(db: &PgPool, artifacts: &Artifacts) -> Result<(), SweepErro
     )
     .fetch_all(db)
     .await?;
-    remove(artifacts, gone.into_iter().map(|log| format!("logs/replicas/{log}")).collect()).await
+    remove_here(artifacts, gone.into_iter().map(|log| format!("logs/replicas/{log}")).collect()).await
 }
 
-/// Token shards, each touched by whoever opens it. One that was touched since the oldest running training
-/// began may be in use and stays.
-async fn unused_shards(db: &PgPool, artifacts: &Artifacts, limits: CacheLimits) -> Result<(), SweepError> {
+/// Token shards, and copies of what lies in a bucket, each touched by whoever opens it. What was touched since
+/// the oldest running job began may be in use and stays.
+pub async fn unused(db: &PgPool, artifacts: &Artifacts, limits: CacheLimits) -> Result<(), SweepError> {
     let busy_seconds = sqlx::query_scalar!(
-        "SELECT extract(epoch FROM now() - min(a.started_at))::float8 FROM job_attempts a JOIN jobs j ON j.id = a.job_id
-         WHERE a.ended_at IS NULL AND j.kind = 'train'"
+        "SELECT extract(epoch FROM now() - min(started_at))::float8 FROM job_attempts WHERE ended_at IS NULL"
     )
     .fetch_one(db)
     .await?;
     let in_use = busy_seconds.map_or(Duration::ZERO, |seconds| Duration::from_secs_f64(seconds.max(0.0)) + CLOCKS);
-    let artifacts = artifacts.clone();
-    Ok(blocking(move || sweep_shards(&artifacts, limits, in_use)).await?)
+    let store = artifacts.clone();
+    let shards = blocking(move || old_shards(&store, in_use)).await?;
+    for key in surplus(shards, limits) {
+        tracing::info!(key, "removing token shards that were not used for long");
+        remove_here(artifacts, vec![key]).await?;
+    }
+    let Some(bucket) = artifacts.bucket() else { return Ok(()) };
+    let (store, left_alone) = (artifacts.clone(), in_use.max(LEFT_ALONE));
+    let copies = blocking(move || old_copies(&store, left_alone)).await?;
+    for key in surplus(copies, limits) {
+        let original = key.strip_prefix(EXCERPTS).map_or(key.as_str(), |key| key.trim_start_matches('/'));
+        // Whatever the bucket lacks is no copy.
+        let there = bucket.contains(original).await;
+        if there.map_err(|source| ArtifactError::Bucket { key: key.clone(), source })? {
+            tracing::info!(key, "removing the copy of an artifact that was not used for long");
+            remove_here(artifacts, vec![key]).await?;
+        }
+    }
+    Ok(())
 }
 
-/// `in_use`: what was touched within this time stays.
-fn sweep_shards(artifacts: &Artifacts, limits: CacheLimits, in_use: Duration) -> Result<(), ArtifactError> {
+/// How long ago something was used, its bytes, and its key.
+type Used = (Duration, u64, String);
+
+/// What exceeds the limits, the least recently used first to go.
+fn surplus(mut used: Vec<Used>, limits: CacheLimits) -> Vec<String> {
+    used.sort();
+    let mut kept = 0;
+    let exceeds = |(age, bytes, key): Used| {
+        let goes = age > limits.unused_for || kept + bytes > limits.bytes;
+        kept += if goes { 0 } else { bytes };
+        goes.then_some(key)
+    };
+    used.into_iter().filter_map(exceeds).collect()
+}
+
+/// Shards that nobody may be using; what killed workers left half made is removed. Blocks.
+fn old_shards(artifacts: &Artifacts, in_use: Duration) -> Result<Vec<Used>, ArtifactError> {
     let failed = |source| ArtifactError::Io { key: SHARDS.to_owned(), source };
     let mut shards = Vec::new();
     for (name, age) in aged(&artifacts.path(SHARDS)).map_err(failed)? {
         let key = format!("{SHARDS}/{name}");
         if name.ends_with(".tmp") {
-            // Of a worker that was killed while it made it.
             if age > TEMPORARY {
                 artifacts.remove(&key)?;
             }
@@ -292,26 +343,52 @@ fn sweep_shards(artifacts: &Artifacts, limits: CacheLimits, in_use: Duration) ->
             shards.push((age, artifacts.size(&key)?, key));
         }
     }
-    shards.sort();
-    let mut kept = 0;
-    for (age, bytes, key) in shards {
-        if age > limits.unused_for || kept + bytes > limits.bytes {
-            tracing::info!(key, bytes, "removing token shards that were not used for long");
-            artifacts.remove(&key)?;
-        } else {
-            kept += bytes;
+    Ok(shards)
+}
+
+/// Everything of the store that lies here and has not been asked for in this time. Blocks.
+fn old_copies(artifacts: &Artifacts, left_alone: Duration) -> Result<Vec<Used>, ArtifactError> {
+    let mut copies = Vec::new();
+    for below in ["".to_owned(), format!("{EXCERPTS}/")] {
+        for (folder, depth) in KINDS {
+            for (key, age) in at_depth(artifacts, &format!("{below}{folder}"), depth)? {
+                if age >= left_alone {
+                    copies.push((age, artifacts.size(&key)?, key));
+                }
+            }
         }
     }
-    Ok(())
+    Ok(copies)
+}
+
+/// Keys of artifacts below a folder that have been left alone for so long, here or in the bucket.
+async fn stored(artifacts: &Artifacts, folder: &'static str, depth: usize, age: Duration) -> Result<Vec<String>, ArtifactError> {
+    let store = artifacts.clone();
+    let mut keys = blocking(move || at_depth(&store, folder, depth)).await?;
+    if let Some(bucket) = artifacts.bucket() {
+        let failed = |source| ArtifactError::Bucket { key: folder.to_owned(), source };
+        keys.extend(bucket.list(folder, depth + 1).await.map_err(failed)?.into_iter().map(|stored| (stored.key, stored.age)));
+    }
+    Ok(keys.into_iter().filter(|(_, old)| *old >= age).map(|(key, _)| key).collect())
+}
+
+/// The keys so many levels below a folder on this machine, and how long each has been left alone. Blocks.
+fn at_depth(artifacts: &Artifacts, folder: &str, depth: usize) -> Result<Vec<(String, Duration)>, ArtifactError> {
+    let listed = aged(&artifacts.path(folder)).map_err(|source| ArtifactError::Io { key: folder.to_owned(), source })?;
+    let listed = listed.into_iter().map(|(name, age)| (format!("{folder}/{name}"), age));
+    if depth == 1 {
+        return Ok(listed.collect());
+    }
+    let mut found = Vec::new();
+    for (below, _) in listed {
+        found.extend(at_depth(artifacts, &below, depth - 1)?);
+    }
+    Ok(found)
 }
 
 /// Names below `key` that have been left alone for [`LEFT_ALONE`].
 async fn old_entries(artifacts: &Artifacts, key: &str) -> Result<Vec<String>, ArtifactError> {
     list(artifacts, key, LEFT_ALONE).await
-}
-
-async fn entries(artifacts: &Artifacts, key: &str) -> Result<Vec<String>, ArtifactError> {
-    list(artifacts, key, Duration::ZERO).await
 }
 
 async fn list(artifacts: &Artifacts, key: &str, age: Duration) -> Result<Vec<String>, ArtifactError> {

@@ -1,11 +1,11 @@
 //! From a worker's staging folder to a resource that is ready.
 //!
-//! Runs inside the transaction that ends the job: the folder is moved to its key while the attempt is
-//! held. The key names the attempt, so a runner that has lost its lease without knowing never replaces
+//! [`register`] runs inside the transaction that ends the job: the folder is moved to its key while the
+//! attempt is held. The key names the attempt, so a runner that has lost its lease without knowing never replaces
 //! what a later attempt published. If the commit fails after the move, no row names the folder, and
 //! housekeeping sweeps it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use sqlx::PgConnection;
@@ -25,28 +25,41 @@ pub enum Product {
     Statistics { statistics: Value },
 }
 
-impl Product {
-    /// The staged folder, where there is one.
-    pub fn folder(&self) -> Option<&std::path::Path> {
-        match self {
-            Product::Model { folder, .. } | Product::Tokenizer { folder, .. } | Product::Dataset { folder, .. } => Some(folder),
-            Product::Statistics { .. } => None,
+/// The staged folder of a product, and the key that it is published at; `None` where there is no folder, or no row
+/// waits for it.
+pub async fn destination<'a>(
+    conn: &mut PgConnection,
+    lease: &Lease,
+    product: &'a Product,
+) -> Result<Option<(&'a Path, String)>, sqlx::Error> {
+    let job = &lease.job_id;
+    let (folder, kind, id) = match product {
+        Product::Model { folder, .. } => {
+            let id = sqlx::query_scalar!("SELECT id FROM models WHERE job_id = $1", job).fetch_optional(conn).await?;
+            (folder, "models", id)
         }
-    }
+        Product::Tokenizer { folder, .. } => {
+            let id = sqlx::query_scalar!("SELECT id FROM tokenizers WHERE job_id = $1", job).fetch_optional(conn).await?;
+            (folder, "tokenizers", id)
+        }
+        Product::Dataset { folder, .. } => {
+            let id = sqlx::query_scalar!("SELECT id FROM datasets WHERE job_id = $1", job).fetch_optional(conn).await?;
+            (folder, "datasets", id)
+        }
+        Product::Statistics { .. } => return Ok(None),
+    };
+    Ok(id.map(|id| (folder.as_path(), format!("{kind}/{id}/{}", lease.attempt))))
 }
 
-/// Moves the product to its key and makes its row ready.
+/// Moves the persisted product to its key and makes its row ready.
 pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Lease, product: &Product) -> Result<(), LeaseError> {
+    let published = match destination(tx, lease, product).await? {
+        Some((folder, key)) => Some((put(artifacts, folder, &key).await?, key)),
+        None => None,
+    };
+    let (bytes, key) = published.unzip();
     let changed = match product {
-        Product::Model { folder, parameters, weights_sha256, trained_tokens, template } => {
-            let Some(id) =
-                sqlx::query_scalar!("SELECT id FROM models WHERE job_id = $1", lease.job_id).fetch_optional(&mut *tx).await?
-            else {
-                unclaimed(lease);
-                return Ok(());
-            };
-            let key = format!("models/{id}/{}", lease.attempt);
-            let bytes = put(artifacts, folder, &key).await?;
+        Product::Model { parameters, weights_sha256, trained_tokens, template, .. } => {
             // Steps that changed nothing leave no metrics, and so may be missing at the end.
             sqlx::query!(
                 "UPDATE jobs SET trained_tokens = $2, step = coalesce(steps, step) WHERE id = $1",
@@ -56,9 +69,8 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
             .execute(&mut *tx)
             .await?;
             sqlx::query!(
-                "UPDATE models SET state = 'ready', artifact = $3, parameters = $4, weights_sha256 = $5, template = $6, bytes = $7
-                 WHERE id = $1 AND job_id = $2 AND state IN ('queued', 'running')",
-                id,
+                "UPDATE models SET state = 'ready', artifact = $2, parameters = $3, weights_sha256 = $4, template = $5, bytes = $6
+                 WHERE job_id = $1 AND state IN ('queued', 'running')",
                 lease.job_id,
                 key,
                 parameters,
@@ -69,19 +81,10 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
             .execute(tx)
             .await?
         }
-        Product::Tokenizer { folder, sha256, vocabulary, added_roles } => {
-            let Some(id) =
-                sqlx::query_scalar!("SELECT id FROM tokenizers WHERE job_id = $1", lease.job_id).fetch_optional(&mut *tx).await?
-            else {
-                unclaimed(lease);
-                return Ok(());
-            };
-            let key = format!("tokenizers/{id}/{}", lease.attempt);
-            let bytes = put(artifacts, folder, &key).await?;
+        Product::Tokenizer { sha256, vocabulary, added_roles, .. } => {
             sqlx::query!(
-                "UPDATE tokenizers SET state = 'ready', artifact = $3, sha256 = $4, vocabulary = $5, added_roles = $6, bytes = $7
-                 WHERE id = $1 AND job_id = $2 AND state IN ('queued', 'running')",
-                id,
+                "UPDATE tokenizers SET state = 'ready', artifact = $2, sha256 = $3, vocabulary = $4, added_roles = $5, bytes = $6
+                 WHERE job_id = $1 AND state IN ('queued', 'running')",
                 lease.job_id,
                 key,
                 sha256,
@@ -92,19 +95,10 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
             .execute(tx)
             .await?
         }
-        Product::Dataset { folder, sha256, statistics } => {
-            let Some(id) =
-                sqlx::query_scalar!("SELECT id FROM datasets WHERE job_id = $1", lease.job_id).fetch_optional(&mut *tx).await?
-            else {
-                unclaimed(lease);
-                return Ok(());
-            };
-            let key = format!("datasets/{id}/{}", lease.attempt);
-            let bytes = put(artifacts, folder, &key).await?;
+        Product::Dataset { sha256, statistics, .. } => {
             sqlx::query!(
-                "UPDATE datasets SET state = 'ready', artifact = $3, sha256 = $4, statistics = $5, bytes = $6
-                 WHERE id = $1 AND job_id = $2 AND state IN ('queued', 'running')",
-                id,
+                "UPDATE datasets SET state = 'ready', artifact = $2, sha256 = $3, statistics = $4, bytes = $5
+                 WHERE job_id = $1 AND state IN ('queued', 'running')",
                 lease.job_id,
                 key,
                 sha256,
@@ -121,18 +115,14 @@ pub async fn register(tx: &mut PgConnection, artifacts: &Artifacts, lease: &Leas
         }
     };
     if changed.rows_affected() == 0 {
-        unclaimed(lease);
+        // Nothing is lost to a client by this: the row would have been there from the start.
+        tracing::warn!(job.id = lease.job_id, "the job succeeded, but no row waits for what it made");
     }
     Ok(())
 }
 
-/// Nothing is lost to a client by this: the row would have been there from the start.
-fn unclaimed(lease: &Lease) {
-    tracing::warn!(job.id = lease.job_id, "the job succeeded, but no row waits for what it made");
-}
-
 /// Moves a folder to its key off the async threads; its size in bytes.
-async fn put(artifacts: &Artifacts, folder: &std::path::Path, key: &str) -> Result<i64, ArtifactError> {
+async fn put(artifacts: &Artifacts, folder: &Path, key: &str) -> Result<i64, ArtifactError> {
     let (artifacts, folder, key) = (artifacts.clone(), folder.to_owned(), key.to_owned());
     blocking(move || {
         artifacts.put_folder(&folder, &key)?;

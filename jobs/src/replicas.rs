@@ -6,7 +6,16 @@
 //! says that it is alive, is queued again after a pause, until it has died [`DEATHS`] times without
 //! living long in between. A database that is away stops no engine.
 
-use std::{borrow::Cow, ffi::OsString, io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{
+    borrow::Cow,
+    ffi::OsString,
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use lathe_model::{failure, protocol::FailureCode};
 use serde::Deserialize;
@@ -173,7 +182,14 @@ enum End {
 /// One engine from its start to its end.
 async fn serve(context: Arc<Context>, replica: Claimed) {
     let log = context.artifacts.path(&format!("logs/replicas/{}.log", replica.id));
-    let end = match start(&context, &replica, &log).await {
+    let started = match fetch(&context, &replica).await {
+        Ok(model) => {
+            let started = start(&context, &replica, &model, &log).await;
+            started.map_err(|error| End::NotLoaded(format!("The engine could not be started: {error}")))
+        }
+        Err(end) => Err(end),
+    };
+    let end = match started {
         Ok(mut engine) => {
             let end = attend(&context, &replica, &mut engine).await;
             if matches!(&end, End::Died(how) if !how.is_empty()) {
@@ -187,7 +203,7 @@ async fn serve(context: Arc<Context>, replica: Claimed) {
                 other => other,
             }
         }
-        Err(error) => End::NotLoaded(format!("The engine could not be started: {error}")),
+        Err(end) => end,
     };
     while let Err(error) = answered(settle_end(&context.db, &replica, &end)).await {
         tracing::warn!(replica.id = replica.id, %error, "the end of a replica waits for the database");
@@ -198,9 +214,30 @@ async fn serve(context: Arc<Context>, replica: Claimed) {
     }
 }
 
-async fn start(context: &Context, replica: &Claimed, log: &Path) -> io::Result<Child> {
+/// The model's folder, which may have to be copied from a bucket first; the lease is kept meanwhile.
+async fn fetch(context: &Context, replica: &Claimed) -> Result<PathBuf, End> {
+    let period = Duration::from_secs_f64(context.config.lease_seconds / 3.0);
+    let mut beat = tokio::time::interval_at(tokio::time::Instant::now() + period, period);
+    let mut fetching = pin!(context.artifacts.fetch(&replica.artifact));
+    loop {
+        tokio::select! {
+            fetched = &mut fetching => return match fetched {
+                Ok(Some(folder)) => Ok(folder),
+                Ok(None) => Err(End::NotLoaded(format!("The model's files are missing from {}.", context.artifacts.described()))),
+                Err(error) => Err(End::NotLoaded(format!("The model's files could not be fetched: {error}"))),
+            },
+            _ = beat.tick() => {}
+            () = context.must_stop() => return Err(End::Stopped),
+        }
+        if let Some(end) = keep_lease(context, replica, false).await {
+            return Err(end);
+        }
+    }
+}
+
+async fn start(context: &Context, replica: &Claimed, model: &Path, log: &Path) -> io::Result<Child> {
     let address = context.config.internal_addr.resolve(&context.db.connect_options()).await?;
-    let mut arguments = vec!["engine".into(), "--model".into(), context.artifacts.path(&replica.artifact).display().to_string()];
+    let mut arguments = vec!["engine".into(), "--model".into(), model.display().to_string()];
     arguments.extend(["--listen".into(), SocketAddr::new(address, 0).to_string()]);
     if context.config.deterministic_decode {
         arguments.push("--deterministic-decode".into());
@@ -265,13 +302,21 @@ async fn attend(context: &Context, replica: &Claimed, engine: &mut Child) -> End
             }
             () = context.must_stop() => return End::Stopped,
         }
-        match answered(renew(context, replica, open > 0)).await {
-            Ok(Standing::Kept) => {}
-            Ok(Standing::ToStop) => return End::Stopped,
-            Ok(Standing::Lost) => return End::LeaseLost,
-            Err(error) => {
-                tracing::warn!(replica.id = replica.id, %error, "a replica's lease could not be renewed; it goes on serving")
-            }
+        if let Some(end) = keep_lease(context, replica, open > 0).await {
+            return end;
+        }
+    }
+}
+
+/// Renews the lease; what it finds may be the engine's end.
+async fn keep_lease(context: &Context, replica: &Claimed, in_use: bool) -> Option<End> {
+    match answered(renew(context, replica, in_use)).await {
+        Ok(Standing::Kept) => None,
+        Ok(Standing::ToStop) => Some(End::Stopped),
+        Ok(Standing::Lost) => Some(End::LeaseLost),
+        Err(error) => {
+            tracing::warn!(replica.id = replica.id, %error, "a replica's lease could not be renewed; it goes on serving");
+            None
         }
     }
 }

@@ -3,11 +3,12 @@
 //! The database names its store by an id, and the api writes that id into the store's folder. A runner
 //! that reads another id there, or none, would fail every job, so it takes none and says why.
 
-use std::{fs, io, path::PathBuf};
-
 use sqlx::PgConnection;
 
-use crate::{artifacts::Artifacts, ids};
+use crate::{
+    artifacts::{ArtifactError, Artifacts},
+    ids,
+};
 
 /// Beside the folders of the store.
 const FILE: &str = "store_id";
@@ -15,19 +16,15 @@ const FILE: &str = "store_id";
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     #[error(
-        "the artifact folder {folder} is another database's (its {FILE} says {found}, this database's is {expected}): give the folder that belongs to it (--artifacts)"
+        "{store} is another database's (its {FILE} says {found}, this database's is {expected}): give the one that belongs to it (--artifacts, --artifact-store)"
     )]
-    Other { folder: String, found: String, expected: String },
+    Other { store: String, found: String, expected: String },
     #[error(
-        "the artifact folder {folder} lacks {key}, which the database says is stored: give the folder that belongs to it (--artifacts), or restore it"
+        "{store} lacks {key}, which the database says is stored: give the one that belongs to it (--artifacts, --artifact-store), or restore it"
     )]
-    Lacks { folder: String, key: String },
-    #[error("{}: {source}", path.display())]
-    Io {
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
+    Lacks { store: String, key: String },
+    #[error(transparent)]
+    Artifact(#[from] ArtifactError),
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
@@ -44,20 +41,28 @@ pub async fn write(conn: &mut PgConnection, artifacts: &Artifacts) -> Result<(),
         .await?;
     let expected = sqlx::query_scalar!("SELECT id FROM artifact_store").fetch_one(&mut *conn).await?;
     let stored = newest_artifacts(conn).await?;
-    match read(artifacts)? {
+    match read(artifacts).await? {
         Some(found) if found == expected => Ok(()),
         Some(found) if stored.is_empty() => {
             sqlx::query!("UPDATE artifact_store SET id = $1", found).execute(conn).await?;
             Ok(())
         }
-        Some(found) => Err(StoreError::Other { folder: artifacts.root().display().to_string(), found, expected }),
-        None => match stored.first() {
+        Some(found) => Err(StoreError::Other { store: artifacts.described(), found, expected }),
+        None => {
             // One that is being deleted may be gone already; all of them are not.
-            Some(key) if stored.iter().all(|key| !artifacts.path(key).exists()) => {
-                Err(StoreError::Lacks { folder: artifacts.root().display().to_string(), key: key.clone() })
+            let mut lacking = None;
+            for key in stored {
+                if artifacts.contains(&key).await? {
+                    lacking = None;
+                    break;
+                }
+                lacking = lacking.or(Some(key));
             }
-            _ => write_file(artifacts, &expected),
-        },
+            match lacking {
+                Some(key) => Err(StoreError::Lacks { store: artifacts.described(), key }),
+                None => Ok(artifacts.write_small(FILE, format!("{expected}\n").as_bytes()).await?),
+            }
+        }
     }
 }
 
@@ -72,14 +77,14 @@ pub struct Refusal {
 /// The runner's half: why it must not take work from this folder; `None`: it may.
 pub async fn refusal(conn: &mut PgConnection, artifacts: &Artifacts) -> Result<Option<Refusal>, StoreError> {
     let expected = sqlx::query_scalar!("SELECT id FROM artifact_store").fetch_optional(conn).await?;
-    let folder = artifacts.root().display();
-    let (sentence, may_pass) = match (read(artifacts)?, expected) {
+    let store = artifacts.described();
+    let (sentence, may_pass) = match (read(artifacts).await?, expected) {
         (Some(found), Some(expected)) if found == expected => return Ok(None),
-        (Some(found), Some(expected)) => (StoreError::Other { folder: folder.to_string(), found, expected }.to_string(), false),
+        (Some(found), Some(expected)) => (StoreError::Other { store, found, expected }.to_string(), false),
         (None, Some(_)) => (
             format!(
-                "the artifact folder {folder} of this runner is not the api's: it lacks the file {FILE}, which the api has \
-                 written; give the runner the same folder (--artifacts), or mount it"
+                "{store} of this runner is not the api's: it lacks the file {FILE}, which the api has written; give the runner \
+                 the same folder (--artifacts), or mount it, or the same bucket (--artifact-store)"
             ),
             true,
         ),
@@ -105,22 +110,6 @@ async fn newest_artifacts(conn: &mut PgConnection) -> Result<Vec<String>, sqlx::
     .await
 }
 
-fn read(artifacts: &Artifacts) -> Result<Option<String>, StoreError> {
-    let path = artifacts.root().join(FILE);
-    match fs::read_to_string(&path) {
-        Ok(text) => Ok(Some(text.trim().to_owned())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(StoreError::Io { path, source }),
-    }
-}
-
-fn write_file(artifacts: &Artifacts, id: &str) -> Result<(), StoreError> {
-    let path = artifacts.root().join(FILE);
-    let staged = artifacts.root().join("tmp").join(ids::new("store"));
-    let written = (|| {
-        fs::write(&staged, format!("{id}\n"))?;
-        fs::File::open(&staged)?.sync_all()?;
-        fs::rename(&staged, &path)
-    })();
-    written.map_err(|source| StoreError::Io { path, source })
+async fn read(artifacts: &Artifacts) -> Result<Option<String>, ArtifactError> {
+    Ok(artifacts.read_small(FILE).await?.map(|content| String::from_utf8_lossy(&content).trim().to_owned()))
 }

@@ -94,7 +94,7 @@ async fn it_sweeps_what_nothing_refers_to_and_nothing_else(db: PgPool) {
     let gone_folders = [
         "datasets/ds_1/1",
         "datasets/ds_unknown/1",
-        "tokenizers/tok_1/2",
+        "tokenizers/tok_1/3",
         "models/model-gone/1",
         "checkpoints/ftjob-1/1/10",
         "staging/job_gone",

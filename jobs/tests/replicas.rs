@@ -66,6 +66,8 @@ impl World {
     }
 
     async fn want(&self, id: &'static str) {
+        let model = self.folder.path().join("artifacts/models").join(id);
+        std::fs::create_dir_all(model).expect("it is writable");
         sqlx::query("INSERT INTO replicas (id, model_id, artifact, state, memory_bytes) VALUES ($1, 'model-1', 'models/' || $1, 'queued', 70)")
             .bind(id)
             .execute(&self.db)

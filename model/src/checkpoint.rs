@@ -27,6 +27,7 @@ use crate::{
     optim::Adamw,
     protocol::{Failure, FailureCode, Numerics},
     pulse,
+    tokenizer::Tokenizer,
     train::state::TrainState,
 };
 
@@ -35,7 +36,6 @@ const WEIGHTS: &str = "weights.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const MANIFEST: &str = "manifest.json";
 const CONFIG: &str = "config.json";
-const TOKENIZER_FILES: [&str; 2] = ["tokenizer.json", "tokenizer_config.json"];
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -109,7 +109,7 @@ pub fn save(folder: &Path, trained: &Trained, reserve_bytes: u64) -> Result<(), 
         }
     }
     write_model_files(&staged, trained.spec, trained.tokenizer, None)?;
-    for name in TOKENIZER_FILES.into_iter().chain([CONFIG]) {
+    for name in Tokenizer::FILES.into_iter().chain([CONFIG]) {
         manifest.files.insert(name.into(), file_entry(&staged.join(name)).map_err(failure::io)?);
     }
     write_json(&staged.join(MANIFEST), &manifest).map_err(failure::io)?;
@@ -175,7 +175,7 @@ pub fn save_model(
 
 /// What makes a folder with weights a model: its configuration and its tokenizer's files.
 fn write_model_files(folder: &Path, spec: &JobSpec, tokenizer: &Path, weights_sha256: Option<String>) -> Result<(), Failure> {
-    for name in TOKENIZER_FILES {
+    for name in Tokenizer::FILES {
         let to = folder.join(name);
         fs::copy(tokenizer.join(name), &to).and_then(|_| File::open(&to)?.sync_all()).map_err(failure::io)?;
     }

@@ -184,6 +184,9 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
+    /// What a tokenizer's folder holds, and a model's beside its weights.
+    pub const FILES: [&str; 2] = [TOKENIZER_FILE, CONFIG_FILE];
+
     /// Reads a folder that [`train`] or [`import`] wrote.
     pub fn load(folder: &Path) -> Result<Tokenizer, Error> {
         let json = std::fs::read(folder.join(TOKENIZER_FILE))?;

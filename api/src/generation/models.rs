@@ -55,17 +55,16 @@ pub async fn ready_model(state: &AppState, project_id: &str, id: &str) -> Result
     };
     let config: ModelConfig = serde_json::from_value(row.config).map_err(ApiError::internal)?;
     let template = row.template.map(|name| serde_json::from_value(name.into())).transpose().map_err(ApiError::internal)?;
-    let (tokenizers, artifacts, key) = (state.tokenizers.clone(), state.artifacts.clone(), artifact.clone());
-    let loaded = lathe_jobs::waiting::blocking(move || {
-        // The tokenizer may be in memory still when the folder is gone.
-        artifacts.size(&format!("{key}/weights.safetensors")).map_err(ApiError::internal)?;
-        tokenizers.get_or_load(&key, || Tokenizer::load(&artifacts.path(&key))).map_err(ApiError::internal)
-    });
-    let tokenizer = loaded.await.map_err(ApiError::internal)?.map_err(|error| match checkpoint_id {
+    let gone = || match checkpoint_id {
         // Pruned since its row was read.
         Some(_) => no_model(id),
-        None => error,
-    })?;
+        None => ApiError::internal(format!("the artifact {artifact} is missing from {}", state.artifacts.described())),
+    };
+    // The tokenizer may be in memory still when the folder is gone.
+    if state.artifacts.is_missing_here(&format!("{artifact}/weights.safetensors")).await {
+        return Err(gone());
+    }
+    let tokenizer = state.tokenizers.load(&state.artifacts, &artifact).await?.ok_or_else(gone)?;
     Ok(Arc::new(Model { id: id.to_owned(), model_id: row.id, checkpoint_id, artifact, config, template, tokenizer }))
 }
 

@@ -424,10 +424,12 @@ struct FileContent(Vec<u8>);
 )]
 async fn get_file_content(State(state): State<AppState>, caller: Project, Path(id): Path<String>) -> Result<Response, ApiError> {
     let file = find_file(&state.db, &caller.project_id, &id).await?;
-    let content = match tokio::fs::File::open(state.artifacts.path(&artifact_key(&id))).await {
+    // Deleted meanwhile, perhaps between the two lines.
+    let gone = || ApiError::not_found("file", &id);
+    let path = state.artifacts.fetch(&artifact_key(&id)).await?.ok_or_else(gone)?;
+    let content = match tokio::fs::File::open(path).await {
         Ok(content) => content,
-        // Deleted between the two.
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(ApiError::not_found("file", &id)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(gone()),
         Err(error) => return Err(ApiError::internal(error)),
     };
     let mut response = Response::new(Body::from_stream(ReaderStream::with_capacity(content, 256 << 10)));

@@ -500,7 +500,7 @@ pub(super) async fn ready(state: &AppState, project_id: &str, id: &str) -> Resul
     let (ResourceState::Ready, Some(artifact)) = (row.state, row.artifact) else {
         return Err(resource::not_ready("tokenizer", id, row.state));
     };
-    let (cache, folder) = (state.tokenizers.clone(), state.artifacts.path(&artifact));
-    let loaded = lathe_jobs::waiting::blocking(move || cache.get_or_load(&artifact, || Tokenizer::load(&folder)));
-    loaded.await.map_err(ApiError::internal)?.map_err(ApiError::internal)
+    // Deleted since its row was read.
+    let gone = || ApiError::not_found("tokenizer", id);
+    state.tokenizers.load(&state.artifacts, &artifact).await?.ok_or_else(gone)
 }

@@ -385,7 +385,9 @@ async fn concatenate(state: &AppState, parts: &[String], key: &str) -> Result<(W
     let mut buffer = vec![0; 1 << 20];
     for part in parts {
         let failed = |source| ArtifactError::Io { key: part.clone(), source };
-        let mut file = tokio::fs::File::open(state.artifacts.path(part)).await.map_err(failed)?;
+        let missing = || failed(std::io::ErrorKind::NotFound.into());
+        let path = state.artifacts.fetch(part).await?.ok_or_else(missing)?;
+        let mut file = tokio::fs::File::open(path).await.map_err(failed)?;
         loop {
             let read = file.read(&mut buffer).await.map_err(failed)?;
             if read == 0 {

@@ -9,7 +9,7 @@ use lathe_model::{
 use sqlx::{Connection, PgPool};
 
 use super::{
-    PrepareError, dataset_folder, existing, gone,
+    PrepareError, dataset_folder, fetched, gone,
     ingest::{BadRow, FilesSource, IngestSpec, InputFile, MAX_KEPT_ERRORS, Source, TemplateSource},
 };
 use crate::{
@@ -54,7 +54,7 @@ async fn input_file(context: &Context, id: String) -> Result<InputFile, PrepareE
         .fetch_optional(&context.db)
         .await?
         .ok_or_else(|| gone("file", &id))?;
-    Ok(InputFile { id, name: row.filename, path: existing(context, &row.artifact)? })
+    Ok(InputFile { id, name: row.filename, path: fetched(context, &row.artifact).await? })
 }
 
 /// Writes the bad rows that an ingestion found into its dataset's rows, also when it failed for them.

@@ -170,7 +170,7 @@ async fn dataset_folder(context: &Context, id: Option<&str>) -> Result<Resource,
     .fetch_optional(&context.db)
     .await?
     .ok_or_else(|| gone("dataset", id))?;
-    Ok(Resource { folder: existing(context, &row.artifact)?, sha256: row.sha256 })
+    Ok(Resource { folder: fetched(context, &row.artifact).await?, sha256: row.sha256 })
 }
 
 /// `base` is the folder of a model that keeps its own copy, which stands in for a tokenizer that was
@@ -185,22 +185,23 @@ async fn tokenizer_folder(context: &Context, id: Option<&str>, base: Option<&Pat
     .await?
     .ok_or_else(|| gone("tokenizer", id))?;
     let folder = match (row.artifact, base) {
-        (Some(artifact), _) => existing(context, &artifact)?,
+        (Some(artifact), _) => fetched(context, &artifact).await?,
         (None, Some(base)) => base.to_owned(),
         (None, None) => return Err(gone("tokenizer", id).into()),
     };
     Ok(Resource { folder, sha256: row.sha256 })
 }
 
-/// A registered artifact must be on this machine.
-fn existing(context: &Context, key: &str) -> Result<PathBuf, Failure> {
-    let path = context.artifacts.path(key);
-    match path.exists() {
-        true => Ok(path),
-        false => Err(failure::new(
-            FailureCode::DependencyFailed,
-            format!("The artifact {key} is missing from the artifact folder of the runner."),
-        )),
+/// The path of a registered artifact.
+async fn fetched(context: &Context, key: &str) -> Result<PathBuf, Failure> {
+    match context.artifacts.fetch(key).await {
+        Ok(Some(path)) => Ok(path),
+        Ok(None) => {
+            let message = format!("The artifact {key} is missing from {}.", context.artifacts.described());
+            Err(failure::new(FailureCode::DependencyFailed, message))
+        }
+        Err(error) if error.is_disk_full() => Err(failure::retryable(FailureCode::DiskFull, error.to_string())),
+        Err(error) => Err(failure::retryable(FailureCode::Internal, error.to_string())),
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use lathe_model::protocol::{Task, TokenizerTask};
 
-use super::{PrepareError, dataset_folder, existing, gone};
+use super::{PrepareError, dataset_folder, fetched, gone};
 use crate::{context::Context, lease::Claimed};
 
 /// Where the worker writes the tokenizer's folder.
@@ -20,6 +20,6 @@ pub async fn import(context: &Context, file_id: &str, staging: &Path) -> Result<
         .fetch_optional(&context.db)
         .await?
         .ok_or_else(|| gone("file", file_id))?;
-    let file = existing(context, &artifact)?;
+    let file = fetched(context, &artifact).await?;
     Ok(Task::Tokenizer(TokenizerTask { dataset: None, file: Some(file), vocabulary: 0, output: staging.join(FOLDER) }))
 }

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use lathe_model::{
     config::JobSpec,
-    protocol::{Task, TrainTask},
+    failure,
+    protocol::{FailureCode, Task, TrainTask},
 };
 
-use super::{PrepareError, Prepared, dataset_folder, existing, gone, prepared, tokenizer_folder};
+use super::{PrepareError, Prepared, dataset_folder, fetched, gone, prepared, tokenizer_folder};
 use crate::{artifacts::SHARDS, checkpoints, context::Context, devices::Device, lease::Claimed, waiting};
 
 pub async fn prepare(
@@ -59,7 +60,7 @@ async fn model_folder(context: &Context, id: &str) -> Result<PathBuf, PrepareErr
     .fetch_optional(&context.db)
     .await?;
     match artifact {
-        Some(artifact) => Ok(existing(context, &artifact)?),
+        Some(artifact) => Ok(fetched(context, &artifact).await?),
         None => Ok(checkpoint_folder(context, id).await?.ok_or_else(|| gone("model", id))?),
     }
 }
@@ -68,7 +69,10 @@ async fn model_folder(context: &Context, id: &str) -> Result<PathBuf, PrepareErr
 async fn checkpoint_folder(context: &Context, name: &str) -> Result<Option<PathBuf>, PrepareError> {
     let mut conn = context.db.acquire().await?;
     let found = checkpoints::find_named(&mut conn, name).await?;
-    Ok(found.map(|checkpoint| existing(context, &checkpoint.artifact)).transpose()?)
+    match found {
+        Some(checkpoint) => Ok(Some(fetched(context, &checkpoint.artifact).await?)),
+        None => Ok(None),
+    }
 }
 
 #[derive(Debug, Default)]
@@ -84,7 +88,18 @@ async fn resume(context: &Context, claimed: &Claimed) -> Result<Resume, PrepareE
     drop(conn);
     let mut resume = Resume::default();
     for checkpoint in registered {
-        let folder = context.artifacts.path(&checkpoint.artifact);
+        let folder = match context.artifacts.fetch(&checkpoint.artifact).await {
+            Ok(folder) => folder.unwrap_or_else(|| context.artifacts.path(&checkpoint.artifact)),
+            // Going on from an older one would throw work away for a network that comes back.
+            Err(error) if error.is_away() => {
+                return Err(failure::retryable(FailureCode::Internal, error.to_string()).into());
+            }
+            Err(error) => {
+                tracing::error!(checkpoint.id = checkpoint.id, %error, "a checkpoint cannot be fetched");
+                resume.unreadable.push(checkpoint.step);
+                continue;
+            }
+        };
         let looked_at = folder.clone();
         match waiting::blocking(move || verify(&looked_at)).await {
             Ok(Ok(())) => {

@@ -20,6 +20,7 @@ use lathe_model::{
     protocol::{Failure, FailureCode, Level},
 };
 use serde_json::json;
+use sqlx::PgConnection;
 use tokio::{sync::watch, task::JoinHandle};
 
 use super::{
@@ -30,14 +31,16 @@ use super::{
     spans::AttemptTrace,
 };
 use crate::{
-    artifacts,
+    artifacts::{ArtifactError, Artifacts},
     child::{Child, Start},
     context::Context,
     devices::Device,
     ending::{self, Ending},
-    lease::{Claimed, LeaseError},
+    lease::{Claimed, Lease, LeaseError},
     metrics::Event,
+    publish,
     run::{self, Prepared},
+    state::JobState,
     waiting::{self, answered},
 };
 
@@ -97,16 +100,11 @@ async fn settle(attempt: &Attempt, mut writing: JoinHandle<()>, claimed: &Claime
 }
 
 async fn end(attempt: &Attempt, mut ending: Ending) {
-    if let Ending::Succeeded(product) = &ending
-        && let Some(folder) = product.folder().map(Path::to_owned)
-    {
-        // Written through to disk before the attempt is held, which is then only for a rename.
-        let _ = waiting::blocking(move || artifacts::sync_tree(&folder)).await;
-    }
     let (lease, context) = (&attempt.lease, &attempt.context);
+    context.artifacts.share_log(&lease.job_id, lease.attempt).await;
     loop {
         let finished = match context.db.acquire().await {
-            Ok(mut conn) => answered(ending::finish(&mut conn, &context.artifacts, lease, ending.clone())).await,
+            Ok(mut conn) => answered(finish(&mut conn, &context.artifacts, lease, ending.clone())).await,
             Err(error) => Err(error.into()),
         };
         match finished {
@@ -116,6 +114,10 @@ async fn end(attempt: &Attempt, mut ending: Ending) {
             }
             Err(LeaseError::Lost) => {
                 return tracing::warn!(job.id = lease.job_id, job.attempt = lease.attempt, "the attempt had ended already");
+            }
+            Err(LeaseError::Artifact(error)) if error.is_away() => {
+                tracing::warn!(job.id = lease.job_id, %error, "the end of an attempt waits for the artifact store");
+                tokio::time::sleep(RETRY).await;
             }
             Err(LeaseError::Artifact(error)) => {
                 tracing::error!(job.id = lease.job_id, %error, "the result could not be published");
@@ -135,7 +137,17 @@ async fn end(attempt: &Attempt, mut ending: Ending) {
     }
 }
 
-fn publishing_failed(error: &artifacts::ArtifactError) -> Failure {
+/// Persists what a success made before the attempt is held, which is then only for a rename.
+async fn finish(conn: &mut PgConnection, artifacts: &Artifacts, lease: &Lease, ending: Ending) -> Result<JobState, LeaseError> {
+    if let Ending::Succeeded(product) = &ending
+        && let Some((folder, key)) = publish::destination(conn, lease, product).await?
+    {
+        artifacts.persist(folder, &key).await?;
+    }
+    ending::finish(conn, artifacts, lease, ending).await
+}
+
+fn publishing_failed(error: &ArtifactError) -> Failure {
     match error.is_disk_full() {
         true => failure::retryable(
             FailureCode::DiskFull,

@@ -89,6 +89,11 @@ pub async fn write_all(attempt: Arc<Attempt>) {
                 attempt.outbox.put_back(write);
                 tokio::time::sleep(RETRY).await;
             }
+            Err(LeaseError::Artifact(error)) if error.is_away() => {
+                tracing::warn!(job.id = attempt.lease.job_id, %error, "a checkpoint waits for the artifact store");
+                attempt.outbox.put_back(write);
+                tokio::time::sleep(RETRY).await;
+            }
             Err(error) => {
                 tracing::error!(job.id = attempt.lease.job_id, %error, "a report could not be kept");
                 attempt.outbox.done();
@@ -115,6 +120,7 @@ async fn write_one(attempt: &Attempt, write: &Write) -> Result<(), LeaseError> {
             let begun = SystemTime::now();
             let id = checkpoints::register(&mut conn, artifacts, lease, staged).await?;
             attempt.trace.published(staged.step, begun);
+            artifacts.share_log(&lease.job_id, lease.attempt).await;
             let data =
                 json!({ "checkpoint": id, "step": staged.step, "validation_loss": staged.validation_loss, "best": staged.best });
             attempt.outbox.gather(true, |batch| {

@@ -57,7 +57,7 @@ pub enum RunnerError {
 
 /// Runs until `shutdown` resolves and everything is put in order.
 pub async fn run(config: RunnerConfig, shutdown: impl Future<Output = ()>) -> Result<(), RunnerError> {
-    let artifacts = Artifacts::open(&config.artifacts)?;
+    let artifacts = Artifacts::open(&config.artifacts)?.with_bucket(config.bucket.clone());
     // A runner that stands still in a transaction must not hold its rows longer than its lease.
     let idle = format!("{}ms", (config.lease_seconds * 1000.0).round());
     let options = config.database_url.parse::<PgConnectOptions>()?.options([("idle_in_transaction_session_timeout", idle)]);

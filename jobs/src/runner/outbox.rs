@@ -212,7 +212,7 @@ fn drop_superseded(waiting: &mut VecDeque<Write>) {
     }
     for position in dropped {
         if let Some(Write::Checkpoint(staged)) = waiting.remove(position) {
-            tracing::info!(step = staged.step, "dropped a checkpoint that waited too long for the database");
+            tracing::info!(step = staged.step, "dropped a checkpoint that waited too long to be registered");
             let _ = fs::remove_dir_all(staged.folder);
         }
     }

@@ -124,7 +124,8 @@ async fn list_dataset_rows(
     let (ResourceState::Ready, Some(artifact)) = (dataset.state, dataset.artifact) else {
         return Err(resource::not_ready("dataset", &id, dataset.state));
     };
-    let folder = state.artifacts.path(&artifact);
+    let gone = || ApiError::not_found("dataset", &id);
+    let folder = state.artifacts.fetch(&artifact).await?.ok_or_else(gone)?;
     let (first, limit) = (query.first(), query.limit.unwrap_or(20));
     let read = lathe_jobs::waiting::blocking(move || preview(&folder, first, limit));
     let (total, data) = read.await.map_err(ApiError::internal)?.map_err(ApiError::internal)?;

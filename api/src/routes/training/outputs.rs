@@ -3,7 +3,6 @@
 use std::{
     fs::File,
     io::{self, Read, Seek, SeekFrom},
-    path::PathBuf,
 };
 
 use axum::{Json, extract::State};
@@ -181,14 +180,14 @@ async fn get_training_logs(
     if attempt > job.attempt {
         return Err(ApiError::not_found("attempt", &attempt.to_string()).with_param("attempt"));
     }
-    let (path, bytes) = (state.artifacts.log(&id, attempt), query.bytes.unwrap_or(64 << 10));
-    let read = lathe_jobs::waiting::blocking(move || tail(path, bytes));
+    let (log, bytes) = (state.artifacts.fetch_log(&id, attempt).await?, query.bytes.unwrap_or(64 << 10));
+    let read = lathe_jobs::waiting::blocking(move || tail(log.path(), bytes));
     let (text, truncated) = read.await.map_err(ApiError::internal)?.map_err(ApiError::internal)?;
     Ok(Json(LogsObject { object: "training.logs", attempt, text, truncated }))
 }
 
 /// The last lines of a file, at most `bytes` of them; nothing for a file that is not there. Blocks.
-fn tail(path: PathBuf, bytes: u64) -> io::Result<(String, bool)> {
+fn tail(path: &std::path::Path, bytes: u64) -> io::Result<(String, bool)> {
     let mut file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((String::new(), false)),
@@ -211,9 +210,9 @@ mod tests {
     fn the_tail_begins_with_a_whole_line() {
         let path = std::env::temp_dir().join(format!("lathe-tail-{}", std::process::id()));
         std::fs::write(&path, "first\nsecond\nthird\n").unwrap();
-        assert_eq!(tail(path.clone(), 10).unwrap(), ("third\n".to_owned(), true));
-        assert_eq!(tail(path.clone(), 100).unwrap(), ("first\nsecond\nthird\n".to_owned(), false));
+        assert_eq!(tail(&path, 10).unwrap(), ("third\n".to_owned(), true));
+        assert_eq!(tail(&path, 100).unwrap(), ("first\nsecond\nthird\n".to_owned(), false));
         std::fs::remove_file(&path).unwrap();
-        assert_eq!(tail(path, 100).unwrap(), (String::new(), false));
+        assert_eq!(tail(&path, 100).unwrap(), (String::new(), false));
     }
 }

@@ -1,10 +1,13 @@
 //! The artifact store: files and folders under keys, each there as a whole or not at all.
 //!
-//! A local folder that every process of an installation sees. Content is written under `tmp/` or
-//! `staging/` in the same file system, synced, and renamed to its key, so a reader never meets half
-//! an artifact and a crash leaves only what housekeeping sweeps. Keys are `files/<id>`,
-//! `parts/<id>`, `datasets/<id>`, `tokenizers/<id>`, `models/<id>` and
-//! `checkpoints/<job>/<attempt>/<step>`; a key never leaves the root.
+//! A local folder that every process of an installation sees, or a [`Bucket`] that all of them reach, of
+//! which each machine's folder is then a working copy. Content is written under `tmp/` or `staging/` in the
+//! same file system, synced, copied to the bucket, and renamed to its key, so a reader never meets half an
+//! artifact and a crash leaves only what housekeeping sweeps. Keys are `files/<id>`, `parts/<id>`,
+//! `datasets/<id>/<attempt>`, `tokenizers/<id>/<attempt>`, `models/<id>/<attempt>` and
+//! `checkpoints/<job>/<attempt>/<step>`; what is at a key never changes, and a key never leaves the root.
+
+pub mod bucket;
 
 use std::{
     fs, io,
@@ -15,7 +18,8 @@ use std::{
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 
-use crate::{ids, waiting};
+use self::bucket::{Bucket, BucketError};
+use crate::{ids, publish, waiting};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ArtifactError {
@@ -29,6 +33,12 @@ pub enum ArtifactError {
     },
     #[error("{free} bytes of the disk are free, and {reserve} are kept free")]
     Full { free: u64, reserve: u64 },
+    #[error("artifact {key}: {source}")]
+    Bucket {
+        key: String,
+        #[source]
+        source: BucketError,
+    },
 }
 
 impl ArtifactError {
@@ -39,13 +49,22 @@ impl ArtifactError {
                 matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
             }
             ArtifactError::Full { .. } => true,
-            ArtifactError::BadKey(_) => false,
+            ArtifactError::Bucket { source: BucketError::Io(source), .. } => source.kind() == io::ErrorKind::StorageFull,
+            ArtifactError::BadKey(_) | ArtifactError::Bucket { .. } => false,
         }
+    }
+
+    /// The bucket does not answer; the same may succeed later.
+    pub fn is_away(&self) -> bool {
+        matches!(self, ArtifactError::Bucket { source: BucketError::Away(_), .. })
     }
 }
 
 /// Token shards, shared by all jobs of a store and named by their content.
 pub const SHARDS: &str = "cache/shards";
+
+/// Single files of folders that lie in a bucket.
+pub(crate) const EXCERPTS: &str = "cache/excerpts";
 
 /// Bytes of an upload between two looks at the disk.
 const LOOK_EVERY: u64 = 64 << 20;
@@ -54,6 +73,7 @@ const LOOK_EVERY: u64 = 64 << 20;
 pub struct Artifacts {
     root: Arc<Path>,
     reserve_bytes: u64,
+    bucket: Option<Bucket>,
 }
 
 /// What a finished [`Upload`] wrote.
@@ -75,7 +95,7 @@ impl Artifacts {
             root.canonicalize()
         })();
         let root = opened.map_err(|source| ArtifactError::Io { key: root.display().to_string(), source })?;
-        Ok(Artifacts { root: root.into(), reserve_bytes: 0 })
+        Ok(Artifacts { root: root.into(), reserve_bytes: 0, bucket: None })
     }
 
     /// Uploads leave this much of the disk free, so that running jobs can still save.
@@ -83,11 +103,28 @@ impl Artifacts {
         Artifacts { reserve_bytes, ..self }
     }
 
+    /// What is published lies in this bucket too.
+    pub fn with_bucket(self, bucket: Option<Bucket>) -> Artifacts {
+        Artifacts { bucket, ..self }
+    }
+
+    pub(crate) fn bucket(&self) -> Option<&Bucket> {
+        self.bucket.as_ref()
+    }
+
+    /// The store's name in a sentence.
+    pub fn described(&self) -> String {
+        match &self.bucket {
+            Some(bucket) => format!("the artifact store {bucket}"),
+            None => format!("the artifact folder {}", self.root.display()),
+        }
+    }
+
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Where the content of `key` lies, whether or not it is there. A key that is not made of plain
+    /// Where the content of `key` lies on this machine, whether or not it is there. A key that is not made of plain
     /// names stays inside the root all the same: it points at a name that is never written.
     pub fn path(&self, key: &str) -> PathBuf {
         match plain(key) {
@@ -103,11 +140,151 @@ impl Artifacts {
 
     /// The log of one attempt's worker.
     pub fn log(&self, job_id: &str, attempt: i32) -> PathBuf {
-        self.path(&format!("logs/{job_id}/{attempt}.log"))
+        self.path(&log_key(job_id, attempt))
+    }
+
+    /// Writes a staged file or folder through to disk, and to the bucket where there is one: its publication
+    /// at `key` is then only a rename. Repeated after it was published, it does nothing.
+    pub async fn persist(&self, staged: &Path, key: &str) -> Result<(), ArtifactError> {
+        let (path, published) = (staged.to_owned(), self.path(key));
+        let synced = waiting::blocking(move || match !path.exists() && published.exists() {
+            true => Ok(false),
+            false => sync_tree(&path).map(|()| true),
+        });
+        let synced = synced.await.map_err(io::Error::other).flatten();
+        match (synced.map_err(|source| ArtifactError::Io { key: key.to_owned(), source })?, &self.bucket) {
+            (true, Some(bucket)) => {
+                bucket.put(staged, key).await.map_err(|source| ArtifactError::Bucket { key: key.to_owned(), source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The path of what is at `key`, which is copied from the bucket where this machine lacks it; `None` where
+    /// the store has no such artifact.
+    pub async fn fetch(&self, key: &str) -> Result<Option<PathBuf>, ArtifactError> {
+        let path = self.path(key);
+        let (looked_at, touched) = (path.clone(), self.bucket.is_some());
+        let there = publish::blocking(move || {
+            // Housekeeping removes copies by when they were last asked for.
+            Ok(looked_at.exists() && (!touched || fs::File::open(&looked_at).and_then(|copy| touch(&copy)).is_ok()))
+        });
+        if there.await? {
+            return Ok(Some(path));
+        }
+        self.copy(key, key, |_| true).await
+    }
+
+    /// A folder in which these files of the folder at `key` are, as far as it has them: its own, or another in
+    /// which they alone were copied from the bucket.
+    pub async fn fetch_files(&self, key: &str, names: &[&str]) -> Result<Option<PathBuf>, ArtifactError> {
+        let excerpt = format!("{EXCERPTS}/{key}");
+        let whole = self.path(key);
+        for path in [whole, self.path(&excerpt)] {
+            if tokio::fs::try_exists(&path).await.unwrap_or_default() {
+                return Ok(Some(path));
+            }
+        }
+        self.copy(key, &excerpt, |name| names.contains(&name)).await
+    }
+
+    /// The wanted files of what the bucket has at `key`, at `local`.
+    async fn copy(&self, key: &str, local: &str, wanted: impl Fn(&str) -> bool) -> Result<Option<PathBuf>, ArtifactError> {
+        let Some(bucket) = self.bucket.as_ref().filter(|_| plain(key)) else { return Ok(None) };
+        let staged = self.root.join("tmp").join(ids::new("copy"));
+        let copied =
+            bucket.get(key, &staged, wanted).await.map_err(|source| ArtifactError::Bucket { key: key.to_owned(), source });
+        let (artifacts, local) = (self.clone(), local.to_owned());
+        publish::blocking(move || {
+            let path = artifacts.path(&local);
+            let placed = match copied {
+                Ok(false) => Ok(None),
+                // Another task of this machine may have been faster; what is at a key is the same for all.
+                Ok(true) => artifacts
+                    .publish(&local, |to| fs::rename(&staged, to))
+                    .or_else(|error| match path.exists() {
+                        true => Ok(()),
+                        false => Err(error),
+                    })
+                    .map(|()| Some(path)),
+                Err(error) => Err(error),
+            };
+            let _ = fs::remove_dir_all(&staged).or_else(|_| fs::remove_file(&staged));
+            placed
+        })
+        .await
+    }
+
+    /// A small file of the store itself; `None` where there is none.
+    pub async fn read_small(&self, key: &str) -> Result<Option<Vec<u8>>, ArtifactError> {
+        if let Some(bucket) = &self.bucket {
+            return bucket.read(key).await.map_err(|source| ArtifactError::Bucket { key: key.to_owned(), source });
+        }
+        match tokio::fs::read(self.path(key)).await {
+            Ok(content) => Ok(Some(content)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(ArtifactError::Io { key: key.to_owned(), source }),
+        }
+    }
+
+    /// Replaces a small file of the store itself, whole or not at all.
+    pub async fn write_small(&self, key: &str, content: &[u8]) -> Result<(), ArtifactError> {
+        if let Some(bucket) = &self.bucket {
+            return bucket.write(key, content).await.map_err(|source| ArtifactError::Bucket { key: key.to_owned(), source });
+        }
+        let mut file = self.create(key).await?;
+        file.write(content).await?;
+        file.finish().await.map(drop)
+    }
+
+    /// Copies the log of an attempt to the bucket, if there is one, for apis on other machines. A log is worth
+    /// no failure.
+    pub async fn share_log(&self, job_id: &str, attempt: i32) {
+        let (Some(bucket), log) = (&self.bucket, self.log(job_id, attempt)) else { return };
+        if log.exists()
+            && let Err(error) = bucket.put(&log, &log_key(job_id, attempt)).await
+        {
+            tracing::warn!(job.id = job_id, %error, "a log could not be copied to the artifact store");
+        }
+    }
+
+    /// A file in which the log of an attempt is: the worker's own, or a copy as of its last checkpoint, which goes
+    /// when it is dropped. Neither need be there.
+    pub async fn fetch_log(&self, job_id: &str, attempt: i32) -> Result<Log, ArtifactError> {
+        let path = self.log(job_id, attempt);
+        let Some(bucket) = self.bucket.as_ref().filter(|_| !path.exists()) else { return Ok(Log::Own(path)) };
+        let (key, copy) = (log_key(job_id, attempt), self.root.join("tmp").join(ids::new("log")));
+        let log = Log::Copy(copy.clone());
+        bucket.get(&key, &copy, |_| true).await.map_err(|source| ArtifactError::Bucket { key, source })?;
+        Ok(log)
+    }
+
+    /// Whether the store has an artifact.
+    pub async fn contains(&self, key: &str) -> Result<bool, ArtifactError> {
+        match &self.bucket {
+            Some(bucket) => bucket.contains(key).await.map_err(|source| ArtifactError::Bucket { key: key.to_owned(), source }),
+            None => Ok(tokio::fs::try_exists(self.path(key)).await.unwrap_or_default()),
+        }
+    }
+
+    /// Whether the store lacks a file, without asking a bucket, which may have it whatever lies here.
+    pub async fn is_missing_here(&self, key: &str) -> bool {
+        self.bucket.is_none() && !tokio::fs::try_exists(self.path(key)).await.unwrap_or_default()
+    }
+
+    /// Removes artifacts from the store and from this machine; the first failure ends it.
+    pub async fn remove_all(&self, keys: Vec<String>) -> Result<(), ArtifactError> {
+        if let Some(bucket) = &self.bucket {
+            for key in keys.iter().filter(|key| plain(key)) {
+                bucket.remove(key).await.map_err(|source| ArtifactError::Bucket { key: key.clone(), source })?;
+            }
+        }
+        let artifacts = self.clone();
+        publish::blocking(move || keys.iter().try_for_each(|key| artifacts.remove(key))).await
     }
 
     /// Moves a file of the same file system to `key`, replacing what is there. Blocks.
-    pub fn put_file(&self, from: &Path, key: &str) -> Result<(), ArtifactError> {
+    fn put_file(&self, from: &Path, key: &str) -> Result<(), ArtifactError> {
         self.publish(key, |to| {
             let file = fs::File::open(from)?;
             touch(&file)?;
@@ -135,8 +312,8 @@ impl Artifacts {
         })
     }
 
-    /// Removes a file or folder; one that is not there counts as removed. A folder is first renamed
-    /// away, so no reader sees it half removed. Blocks.
+    /// Removes a file or folder from this machine; one that is not there counts as removed. A folder is first
+    /// renamed away, so no reader sees it half removed. Blocks.
     pub fn remove(&self, key: &str) -> Result<(), ArtifactError> {
         if !plain(key) {
             return Err(ArtifactError::BadKey(key.to_owned()));
@@ -257,6 +434,10 @@ impl Upload {
         let Some(staged) = self.staged.take() else {
             return Err(ArtifactError::BadKey(self.key.clone()));
         };
+        if let Err(error) = self.artifacts.persist(&staged, &self.key).await {
+            self.staged = Some(staged);
+            return Err(error);
+        }
         let (artifacts, key, from) = (self.artifacts.clone(), self.key.clone(), staged.clone());
         let published = waiting::blocking(move || artifacts.put_file(&from, &key)).await;
         match published {
@@ -282,6 +463,32 @@ impl Drop for Upload {
     }
 }
 
+/// A worker's log on this machine; see [`Artifacts::fetch_log`].
+pub enum Log {
+    Own(PathBuf),
+    Copy(PathBuf),
+}
+
+impl Log {
+    pub fn path(&self) -> &Path {
+        match self {
+            Log::Own(path) | Log::Copy(path) => path,
+        }
+    }
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        if let Log::Copy(path) = self {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+fn log_key(job_id: &str, attempt: i32) -> String {
+    format!("logs/{job_id}/{attempt}.log")
+}
+
 /// Marks as new what may have waited long for its publication, so that no sweep takes it for a leftover.
 fn touch(entry: &fs::File) -> io::Result<()> {
     entry.set_modified(std::time::SystemTime::now())
@@ -292,16 +499,14 @@ fn plain(key: &str) -> bool {
     !key.is_empty() && Path::new(key).components().all(|part| matches!(part, Component::Normal(_)))
 }
 
-/// Syncs every file and folder below `folder` to disk. Blocks.
-pub fn sync_tree(folder: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        match entry.file_type()?.is_dir() {
-            true => sync_tree(&entry.path())?,
-            false => fs::File::open(entry.path())?.sync_all()?,
+/// Syncs a file, or a folder with every file and folder below it, to disk. Blocks.
+fn sync_tree(path: &Path) -> io::Result<()> {
+    if fs::symlink_metadata(path)?.is_dir() {
+        for entry in fs::read_dir(path)? {
+            sync_tree(&entry?.path())?;
         }
     }
-    fs::File::open(folder)?.sync_all()
+    fs::File::open(path)?.sync_all()
 }
 
 fn tree_size(path: &Path) -> io::Result<u64> {
