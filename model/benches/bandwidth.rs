@@ -9,7 +9,7 @@
 use std::{hint::black_box, sync::mpsc::channel, thread, time::Instant};
 
 use lathe_model::{
-    arch::Gpt,
+    arch::Model,
     config::Sampling,
     engine::{Dtype, Engine, EngineConfig, EngineHandle, Event, Generation},
     nn::Parameters,
@@ -53,7 +53,7 @@ const CASES: [Case; 2] = [
 fn start(shape: &Shape, threads: usize) -> (EngineHandle, i64) {
     let config = shape.config();
     let mut parameters = Parameters::frozen(Device::Cpu, Kind::BFloat16);
-    let model = Gpt::new(&config, &mut parameters);
+    let model = Model::new(&config, &mut parameters);
     for entry in parameters.entries() {
         let _ = entry.tensor.shallow_clone().normal_(0.0, 0.02);
     }

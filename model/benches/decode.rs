@@ -24,6 +24,8 @@ use tch::{Device, Kind};
 
 use self::peer::{Peer, Shape, spread};
 
+// Each bench uses a part of it.
+#[allow(dead_code)]
 mod peer;
 
 const PROMPT: usize = 16;

@@ -7,14 +7,15 @@
 use std::{io, path::Path, time::Instant};
 
 use lathe_model::{
-    arch::{Gpt, gpt::Pass},
+    arch::Model,
     config::{Method, Objective, Optimizer},
     data::{
-        batch::{Batch, Order},
+        batch::{Batch, Example, Order},
         packing::{self, Packing},
         shards::{Shard, Source},
     },
-    nn::Parameters,
+    nn::{Parameters, Pass},
+    objective::Posing,
     optim::Adamw,
     shim::{self, Autocast},
     tokenizer::Tokenizer,
@@ -57,21 +58,25 @@ fn batches(dataset: &Path, tokenizer: &Path, context: u64, batch_size: u64, thre
     let cache = tempfile::tempdir().expect("a temporary folder");
     let shard = Shard::prepare(cache.path(), source).expect("rows fit into the context");
     let packing = Packing::of(&shard, packing::all(&shard), context);
-    let order = Order { shard: &shard, packing: &packing, seed: SEED };
-    (0..BATCHES).map(|step| order.batch(step * batch_size..(step + 1) * batch_size, Device::Cpu)).collect()
+    let order = Order { shard: &shard, packing: &packing, posing: Posing { objective: method.objective(), seed: SEED } };
+    let batch = |step: u64| {
+        let examples: Vec<Example> = order.examples(step * batch_size..(step + 1) * batch_size).collect();
+        Batch::of(&examples, Device::Cpu)
+    };
+    (0..BATCHES).map(batch).collect()
 }
 
-fn step(gpt: &Gpt, optimizer: &mut Adamw, batch: &mut Batch) {
+fn step(model: &Model, optimizer: &mut Adamw, batch: &mut Batch) {
     let autocast = Autocast::bf16(Device::Cpu).expect("the CPU computes in bf16");
     let mut pass = Pass { plan: &mut batch.plan, dropout: None };
-    let hidden_btc = gpt.hidden(&batch.tokens_bt, &batch.positions_bt, &mut pass);
+    let hidden_btc = model.hidden(&batch.tokens_bt, &batch.positions_bt, &mut pass);
     let width = *hidden_btc.size().last().expect("it has three dimensions");
     let hidden_tc = hidden_btc.view([-1, width]);
     let hidden_nc = match &batch.chosen {
         None => hidden_tc,
         Some(chosen) => shim::move_rows(&hidden_tc, &chosen.places, &chosen.back, &chosen.unused).expect("they fit"),
     };
-    let logits_nv = gpt.logits(&hidden_nc).to_kind(Kind::Float);
+    let logits_nv = model.logits(&hidden_nc).to_kind(Kind::Float);
     drop(autocast);
     logits_nv.cross_entropy_loss(&batch.targets_n, None::<Tensor>, Reduction::Mean, -100, 0.0).backward();
     let _ = optimizer.step(RATE, CLIP).expect("gradients are there");
@@ -86,13 +91,13 @@ fn main() {
     shim::initialize(threads).expect("libtorch can be set up");
     let mut batches = batches(dataset.as_ref(), tokenizer.as_ref(), shape.context as u64, batch_size, threads);
     let mut parameters = Parameters::trainable(Device::Cpu, SEED);
-    let gpt = Gpt::new(&shape.config(), &mut parameters);
+    let model = Model::new(&shape.config(), &mut parameters);
     let mut optimizer = Adamw::new(&parameters, &Optimizer::Adamw { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 });
     println!("0");
     for line in io::stdin().lines() {
         let steps: usize = line.expect("text").trim().parse().expect("a number of steps");
         let begun = Instant::now();
-        (0..steps).for_each(|number| step(&gpt, &mut optimizer, &mut batches[number % BATCHES as usize]));
+        (0..steps).for_each(|number| step(&model, &mut optimizer, &mut batches[number % BATCHES as usize]));
         println!("{}", begun.elapsed().as_secs_f64());
     }
 }
