@@ -15,8 +15,8 @@ from stack import Stack
 ROUNDS = 5
 # Steps of a round, steps between checkpoints; model and batch are those of share.rs.
 CASES = {
-    "small": (1500, 750, {"architecture": "gpt", "layers": 4, "heads": 4, "width": 128, "context": 64}, 12),
-    "medium": (90, 45, {"architecture": "gpt", "layers": 6, "heads": 6, "width": 384, "context": 256}, 8),
+    "small": (900, 450, {"architecture": "gpt", "layers": 4, "heads": 4, "width": 128, "context": 64}, 12),
+    "medium": (60, 30, {"architecture": "gpt", "layers": 6, "heads": 6, "width": 384, "context": 256}, 8),
 }
 EXPECTED = {"small": "1.02", "medium": "1.005"}
 
