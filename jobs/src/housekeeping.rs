@@ -18,7 +18,7 @@ use std::{
 use sqlx::PgPool;
 
 use crate::{
-    artifacts::{ArtifactError, Artifacts, EXCERPTS, SHARDS},
+    artifacts::{ArtifactError, Artifacts, EXCERPTS, SHARDS, in_bucket},
     audit::{self, Actor, Deed, Entry},
     checkpoints,
     context::Context,
@@ -305,8 +305,7 @@ pub async fn unused(db: &PgPool, artifacts: &Artifacts, limits: CacheLimits) -> 
     for key in surplus(copies, limits) {
         let original = key.strip_prefix(EXCERPTS).map_or(key.as_str(), |key| key.trim_start_matches('/'));
         // Whatever the bucket lacks is no copy.
-        let there = bucket.contains(original).await;
-        if there.map_err(|source| ArtifactError::Bucket { key: key.clone(), source })? {
+        if bucket.contains(original).await.map_err(in_bucket(&key))? {
             tracing::info!(key, "removing the copy of an artifact that was not used for long");
             remove_here(artifacts, vec![key]).await?;
         }
@@ -366,8 +365,8 @@ async fn stored(artifacts: &Artifacts, folder: &'static str, depth: usize, age: 
     let store = artifacts.clone();
     let mut keys = blocking(move || at_depth(&store, folder, depth)).await?;
     if let Some(bucket) = artifacts.bucket() {
-        let failed = |source| ArtifactError::Bucket { key: folder.to_owned(), source };
-        keys.extend(bucket.list(folder, depth + 1).await.map_err(failed)?.into_iter().map(|stored| (stored.key, stored.age)));
+        let listed = bucket.list(folder, depth + 1).await.map_err(in_bucket(folder))?;
+        keys.extend(listed.into_iter().map(|stored| (stored.key, stored.age)));
     }
     Ok(keys.into_iter().filter(|(_, old)| *old >= age).map(|(key, _)| key).collect())
 }

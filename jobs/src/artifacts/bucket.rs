@@ -124,10 +124,14 @@ impl Bucket {
         self.prefix.parts().chain(parts.map(Into::into)).collect()
     }
 
-    /// Writes a file or a folder to `key`; there as a whole once this returns, or not at all.
+    /// Writes a file or a folder to `key`; there as a whole once this returns, or not at all. A folder that is there
+    /// already is left as it is: what is at a key never changes.
     pub async fn put(&self, from: &FilePath, key: &str) -> Result<(), BucketError> {
         if is_file(key) {
             self.put_file(from, key).await?;
+            return Ok(());
+        }
+        if self.contains(key).await? {
             return Ok(());
         }
         let folder = from.to_owned();

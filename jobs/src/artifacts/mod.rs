@@ -8,6 +8,8 @@
 //! `checkpoints/<job>/<attempt>/<step>`; what is at a key never changes, and a key never leaves the root.
 
 pub mod bucket;
+mod logs;
+mod upload;
 
 use std::{
     fs, io,
@@ -15,10 +17,11 @@ use std::{
     sync::Arc,
 };
 
-use sha2::{Digest, Sha256};
-use tokio::io::AsyncWriteExt;
-
 use self::bucket::{Bucket, BucketError};
+pub use self::{
+    logs::Log,
+    upload::{Upload, Written},
+};
 use crate::{ids, publish, waiting};
 
 #[derive(Debug, thiserror::Error)]
@@ -60,28 +63,22 @@ impl ArtifactError {
     }
 }
 
+/// What befell an artifact in the bucket.
+pub(crate) fn in_bucket(key: &str) -> impl FnOnce(BucketError) -> ArtifactError {
+    move |source| ArtifactError::Bucket { key: key.to_owned(), source }
+}
+
 /// Token shards, shared by all jobs of a store and named by their content.
 pub const SHARDS: &str = "cache/shards";
 
 /// Single files of folders that lie in a bucket.
 pub(crate) const EXCERPTS: &str = "cache/excerpts";
 
-/// Bytes of an upload between two looks at the disk.
-const LOOK_EVERY: u64 = 64 << 20;
-
 #[derive(Clone, Debug)]
 pub struct Artifacts {
     root: Arc<Path>,
     reserve_bytes: u64,
     bucket: Option<Bucket>,
-}
-
-/// What a finished [`Upload`] wrote.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Written {
-    pub bytes: u64,
-    /// Hex.
-    pub sha256: String,
 }
 
 impl Artifacts {
@@ -138,11 +135,6 @@ impl Artifacts {
         self.path(&format!("staging/{job_id}/{attempt}"))
     }
 
-    /// The log of one attempt's worker.
-    pub fn log(&self, job_id: &str, attempt: i32) -> PathBuf {
-        self.path(&log_key(job_id, attempt))
-    }
-
     /// Writes a staged file or folder through to disk, and to the bucket where there is one: its publication
     /// at `key` is then only a rename. Repeated after it was published, it does nothing.
     pub async fn persist(&self, staged: &Path, key: &str) -> Result<(), ArtifactError> {
@@ -153,9 +145,7 @@ impl Artifacts {
         });
         let synced = synced.await.map_err(io::Error::other).flatten();
         match (synced.map_err(|source| ArtifactError::Io { key: key.to_owned(), source })?, &self.bucket) {
-            (true, Some(bucket)) => {
-                bucket.put(staged, key).await.map_err(|source| ArtifactError::Bucket { key: key.to_owned(), source })
-            }
+            (true, Some(bucket)) => bucket.put(staged, key).await.map_err(in_bucket(key)),
             _ => Ok(()),
         }
     }
@@ -192,8 +182,7 @@ impl Artifacts {
     async fn copy(&self, key: &str, local: &str, wanted: impl Fn(&str) -> bool) -> Result<Option<PathBuf>, ArtifactError> {
         let Some(bucket) = self.bucket.as_ref().filter(|_| plain(key)) else { return Ok(None) };
         let staged = self.root.join("tmp").join(ids::new("copy"));
-        let copied =
-            bucket.get(key, &staged, wanted).await.map_err(|source| ArtifactError::Bucket { key: key.to_owned(), source });
+        let copied = bucket.get(key, &staged, wanted).await.map_err(in_bucket(key));
         let (artifacts, local) = (self.clone(), local.to_owned());
         publish::blocking(move || {
             let path = artifacts.path(&local);
@@ -218,7 +207,7 @@ impl Artifacts {
     /// A small file of the store itself; `None` where there is none.
     pub async fn read_small(&self, key: &str) -> Result<Option<Vec<u8>>, ArtifactError> {
         if let Some(bucket) = &self.bucket {
-            return bucket.read(key).await.map_err(|source| ArtifactError::Bucket { key: key.to_owned(), source });
+            return bucket.read(key).await.map_err(in_bucket(key));
         }
         match tokio::fs::read(self.path(key)).await {
             Ok(content) => Ok(Some(content)),
@@ -230,39 +219,17 @@ impl Artifacts {
     /// Replaces a small file of the store itself, whole or not at all.
     pub async fn write_small(&self, key: &str, content: &[u8]) -> Result<(), ArtifactError> {
         if let Some(bucket) = &self.bucket {
-            return bucket.write(key, content).await.map_err(|source| ArtifactError::Bucket { key: key.to_owned(), source });
+            return bucket.write(key, content).await.map_err(in_bucket(key));
         }
         let mut file = self.create(key).await?;
         file.write(content).await?;
         file.finish().await.map(drop)
     }
 
-    /// Copies the log of an attempt to the bucket, if there is one, for apis on other machines. A log is worth
-    /// no failure.
-    pub async fn share_log(&self, job_id: &str, attempt: i32) {
-        let (Some(bucket), log) = (&self.bucket, self.log(job_id, attempt)) else { return };
-        if log.exists()
-            && let Err(error) = bucket.put(&log, &log_key(job_id, attempt)).await
-        {
-            tracing::warn!(job.id = job_id, %error, "a log could not be copied to the artifact store");
-        }
-    }
-
-    /// A file in which the log of an attempt is: the worker's own, or a copy as of its last checkpoint, which goes
-    /// when it is dropped. Neither need be there.
-    pub async fn fetch_log(&self, job_id: &str, attempt: i32) -> Result<Log, ArtifactError> {
-        let path = self.log(job_id, attempt);
-        let Some(bucket) = self.bucket.as_ref().filter(|_| !path.exists()) else { return Ok(Log::Own(path)) };
-        let (key, copy) = (log_key(job_id, attempt), self.root.join("tmp").join(ids::new("log")));
-        let log = Log::Copy(copy.clone());
-        bucket.get(&key, &copy, |_| true).await.map_err(|source| ArtifactError::Bucket { key, source })?;
-        Ok(log)
-    }
-
     /// Whether the store has an artifact.
     pub async fn contains(&self, key: &str) -> Result<bool, ArtifactError> {
         match &self.bucket {
-            Some(bucket) => bucket.contains(key).await.map_err(|source| ArtifactError::Bucket { key: key.to_owned(), source }),
+            Some(bucket) => bucket.contains(key).await.map_err(in_bucket(key)),
             None => Ok(tokio::fs::try_exists(self.path(key)).await.unwrap_or_default()),
         }
     }
@@ -276,19 +243,17 @@ impl Artifacts {
     pub async fn remove_all(&self, keys: Vec<String>) -> Result<(), ArtifactError> {
         if let Some(bucket) = &self.bucket {
             for key in keys.iter().filter(|key| plain(key)) {
-                bucket.remove(key).await.map_err(|source| ArtifactError::Bucket { key: key.clone(), source })?;
+                bucket.remove(key).await.map_err(in_bucket(key))?;
             }
         }
         let artifacts = self.clone();
         publish::blocking(move || keys.iter().try_for_each(|key| artifacts.remove(key))).await
     }
 
-    /// Moves a file of the same file system to `key`, replacing what is there. Blocks.
+    /// Moves a persisted file to `key`, replacing what is there. Blocks.
     fn put_file(&self, from: &Path, key: &str) -> Result<(), ArtifactError> {
         self.publish(key, |to| {
-            let file = fs::File::open(from)?;
-            touch(&file)?;
-            file.sync_all()?;
+            touch(&fs::File::open(from)?)?;
             fs::rename(from, to)
         })
     }
@@ -335,19 +300,6 @@ impl Artifacts {
         removed.map_err(|source| ArtifactError::Io { key: key.to_owned(), source })
     }
 
-    /// A file that is hashed while it is written and is at its key once finished; dropped before
-    /// that, nothing remains. [`ArtifactError::Full`] where the reserve would be touched.
-    pub async fn create(&self, key: &str) -> Result<Upload, ArtifactError> {
-        if !plain(key) {
-            return Err(ArtifactError::BadKey(key.to_owned()));
-        }
-        self.check_reserve().await?;
-        let staged = self.root.join("tmp").join(ids::new("upload"));
-        let file =
-            tokio::fs::File::create_new(&staged).await.map_err(|source| ArtifactError::Io { key: key.to_owned(), source })?;
-        Ok(Upload { artifacts: self.clone(), key: key.to_owned(), file, staged: Some(staged), digest: Sha256::new(), bytes: 0 })
-    }
-
     /// Bytes free to this process, and bytes in all, on the store's file system. Blocks.
     pub fn disk(&self) -> io::Result<(u64, u64)> {
         let found = nix::sys::statvfs::statvfs(self.root())?;
@@ -361,16 +313,6 @@ impl Artifacts {
             if fs::remove_dir(self.root.join(parent)).is_err() {
                 return;
             }
-        }
-    }
-
-    async fn check_reserve(&self) -> Result<(), ArtifactError> {
-        let artifacts = self.clone();
-        let disk = waiting::blocking(move || artifacts.disk()).await;
-        match disk {
-            Ok(Ok((free, _))) if free < self.reserve_bytes => Err(ArtifactError::Full { free, reserve: self.reserve_bytes }),
-            // A disk that cannot be asked is found out by writing.
-            _ => Ok(()),
         }
     }
 
@@ -399,94 +341,6 @@ impl Artifacts {
         })();
         published.map_err(|source| ArtifactError::Io { key: key.to_owned(), source })
     }
-}
-
-/// A file on its way into the store; see [`Artifacts::create`].
-pub struct Upload {
-    artifacts: Artifacts,
-    key: String,
-    file: tokio::fs::File,
-    staged: Option<PathBuf>,
-    digest: Sha256,
-    bytes: u64,
-}
-
-impl Upload {
-    pub async fn write(&mut self, chunk: &[u8]) -> Result<(), ArtifactError> {
-        self.digest.update(chunk);
-        let looks = self.bytes / LOOK_EVERY;
-        self.bytes += chunk.len() as u64;
-        if self.bytes / LOOK_EVERY > looks {
-            self.artifacts.check_reserve().await?;
-        }
-        self.file.write_all(chunk).await.map_err(|source| ArtifactError::Io { key: self.key.clone(), source })
-    }
-
-    /// Bytes written so far.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    /// Syncs the file and moves it to its key.
-    pub async fn finish(mut self) -> Result<Written, ArtifactError> {
-        let failed = |key: &str, source| ArtifactError::Io { key: key.to_owned(), source };
-        self.file.flush().await.map_err(|source| failed(&self.key, source))?;
-        let Some(staged) = self.staged.take() else {
-            return Err(ArtifactError::BadKey(self.key.clone()));
-        };
-        if let Err(error) = self.artifacts.persist(&staged, &self.key).await {
-            self.staged = Some(staged);
-            return Err(error);
-        }
-        let (artifacts, key, from) = (self.artifacts.clone(), self.key.clone(), staged.clone());
-        let published = waiting::blocking(move || artifacts.put_file(&from, &key)).await;
-        match published {
-            Ok(Ok(())) => Ok(Written { bytes: self.bytes, sha256: hex::encode(std::mem::take(&mut self.digest).finalize()) }),
-            Ok(Err(error)) => {
-                self.staged = Some(staged);
-                Err(error)
-            }
-            Err(stopped) => {
-                self.staged = Some(staged);
-                Err(failed(&self.key, io::Error::other(stopped)))
-            }
-        }
-    }
-}
-
-impl Drop for Upload {
-    fn drop(&mut self) {
-        if let Some(staged) = self.staged.take() {
-            // A leftover is swept by housekeeping, so a failure here loses nothing.
-            let _ = fs::remove_file(staged);
-        }
-    }
-}
-
-/// A worker's log on this machine; see [`Artifacts::fetch_log`].
-pub enum Log {
-    Own(PathBuf),
-    Copy(PathBuf),
-}
-
-impl Log {
-    pub fn path(&self) -> &Path {
-        match self {
-            Log::Own(path) | Log::Copy(path) => path,
-        }
-    }
-}
-
-impl Drop for Log {
-    fn drop(&mut self) {
-        if let Log::Copy(path) = self {
-            let _ = fs::remove_file(path);
-        }
-    }
-}
-
-fn log_key(job_id: &str, attempt: i32) -> String {
-    format!("logs/{job_id}/{attempt}.log")
 }
 
 /// Marks as new what may have waited long for its publication, so that no sweep takes it for a leftover.
@@ -519,6 +373,8 @@ fn tree_size(path: &Path) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use sha2::{Digest, Sha256};
+
     use super::*;
 
     fn store() -> (tempfile::TempDir, Artifacts) {
