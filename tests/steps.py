@@ -1,5 +1,7 @@
 """The table that a drive of many steps ends with, its verdict last."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -9,6 +11,23 @@ class Row:
     step: str
     outcome: str
     failed: bool = False
+
+
+class Failed(Exception):
+    """A step did not show what it must."""
+
+
+def expect(holds: bool, what: object) -> None:
+    if not holds:
+        raise Failed(str(what))
+
+
+def until(holds: Callable[[], bool], complaint: str, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > end:
+            raise Failed(complaint)
+        time.sleep(0.2)
 
 
 def show(first_column: str, rows: list[Row]) -> int:

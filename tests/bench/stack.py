@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from client import Client
+from processes import family, stat_fields
 from report import ROOT
 
 KEY = "sk-lathe-key-of-the-benchmarks-00000000000000000000"
@@ -52,14 +53,7 @@ class Stack(Client):
 
     def processes(self) -> list[int]:
         """`serve` and all below it."""
-        children: dict[int, list[int]] = {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            if fields := stat_fields(int(stat.parent.name)):
-                children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-        found = [self.process.pid]
-        for pid in found:
-            found += children.get(pid, [])
-        return found
+        return family(self.process.pid)
 
     def process_of(self, command: str) -> int:
         """The one that runs `lathe COMMAND`."""
@@ -67,14 +61,6 @@ class Stack(Client):
             if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:2] == [command.encode()]:
                 return pid
         sys.exit(f"there is no `lathe {command}`")
-
-
-def stat_fields(pid: int) -> list[str]:
-    """Of /proc/PID/stat, from the state on; none where it has gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
 
 
 def cpu_seconds(pids: list[int]) -> float:

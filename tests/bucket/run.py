@@ -17,7 +17,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +26,8 @@ sys.path[:0] = [str(HERE.parent), str(ROOT / ".ci"), str(HERE.parent / "clients"
 import tools  # noqa: E402  (tests/clients/tools.py)
 import with_postgres  # noqa: E402  (.ci/with_postgres.py)
 from client import Client  # noqa: E402  (tests/client.py)
-from steps import Row, show  # noqa: E402  (tests/steps.py)
+from processes import family  # noqa: E402  (tests/processes.py)
+from steps import Failed, Row, expect, show, until  # noqa: E402  (tests/steps.py)
 
 BINARY = Path(os.environ.get("LATHE_BIN", ROOT / "target/release/lathe"))
 KEY = "sk-lathe-key-of-the-bucket-test-00000000000000000000"
@@ -37,23 +37,6 @@ SHAPE = {"architecture": "gpt", "layers": 4, "heads": 4, "width": 128, "context"
 STEPS, KILL_AFTER, CHECKPOINT_EVERY = 300, 60, 20
 # Longer than the bucket is asked again for within one request, shorter than a lease can wait.
 AWAY_SECONDS = 20
-
-
-class Failed(Exception):
-    """A step did not show what it must."""
-
-
-def expect(holds: bool, what: object) -> None:
-    if not holds:
-        raise Failed(str(what))
-
-
-def until(holds: Callable[[], bool], complaint: str, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > end:
-            raise Failed(complaint)
-        time.sleep(0.2)
 
 
 def free_port() -> int:
@@ -108,11 +91,12 @@ class Machines(Client):
         self.start_lathe(name, "runner")
 
     def kill(self, name: str) -> None:
-        """Its process, and its folder with it: the machine is gone."""
-        self.processes[name].kill()
-        self.processes[name].wait()
-        # Its workers notice by their pipes.
-        time.sleep(1)
+        """Its processes, and its folder with them: the machine is gone."""
+        process = self.processes[name]
+        all_of_them = family(process.pid)
+        process.kill()
+        process.wait()
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in all_of_them), f"children of {name} outlive it", 30)
         shutil.rmtree(self.folder / name)
 
     def runner_of(self, job: str) -> str:

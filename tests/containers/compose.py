@@ -15,29 +15,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import docker  # noqa: E402
 from client import Client  # noqa: E402  (tests/client.py)
-from steps import Row, show  # noqa: E402  (tests/steps.py)
+from steps import Failed, Row, expect, show, until  # noqa: E402  (tests/steps.py)
 
 KEY = "sk-lathe-key-of-the-compose-test-0000000000000000000"
 IMAGE = os.environ.get("LATHE_IMAGE", "lathe-compose-test")
 ROWS = "".join(json.dumps({"instruction": f"Count one up from {n}.", "output": str(n + 1)}) + "\n" for n in range(2000)).encode()
 SHAPE = {"architecture": "gpt", "layers": 4, "heads": 4, "width": 128, "context": 64}
 STEPS, KILL_AFTER, CHECKPOINT_EVERY = 400, 60, 20
-
-
-class Failed(Exception):
-    """A step did not show what it must."""
-
-
-def expect(holds: bool, what: object) -> None:
-    if not holds:
-        raise Failed(str(what))
 
 
 class Stack(Client):
@@ -78,14 +68,6 @@ class Stack(Client):
 
     def live_runners(self) -> int:
         return sum(runner["state"] == "live" for runner in self.call("runners?limit=100")["data"])
-
-
-def until(holds: Callable[[], bool], complaint: str, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > end:
-            raise Failed(complaint)
-        time.sleep(0.2)
 
 
 def inside(container: str, script: str) -> str:
@@ -191,9 +173,11 @@ def leaves_nothing(stack: Stack) -> str:
 def main() -> int:
     docker.check()
     begun = time.monotonic()
-    if "LATHE_IMAGE" not in os.environ:
+    if "LATHE_IMAGE" in os.environ:
+        rows = [Row("image", "given", docker.megabytes(IMAGE))]
+    else:
         docker.build("docker/Dockerfile", IMAGE, docker.ROOT)
-    rows = [Row("image", "build", f"{docker.megabytes(IMAGE)}, in {time.monotonic() - begun:.0f} s")]
+        rows = [Row("image", "build", f"{docker.megabytes(IMAGE)}, in {time.monotonic() - begun:.0f} s")]
     stack, made = Stack(), {}
     steps = [
         ("start", lambda: starts(stack)),
