@@ -44,7 +44,7 @@ fuzz: setup ## Every reader of a stranger's bytes on made-up input, ten minutes 
 
 # REQUESTS, SEED, HOLD: see docs/contract.md.
 contract: setup ## The whole OpenAPI document tried against a live server, 50,000 requests
-	@$(ENV) cargo build --locked --workspace --all-targets; python3 tests/contract/run.py
+	@$(ENV) cargo build --locked --workspace --bins; python3 tests/contract/run.py
 
 # PART: one part alone, or several; docs/benchmarks.md lists them.
 bench: build ## What a user would pick instead, beside Lathe: a table with its verdict last
