@@ -12,12 +12,14 @@ use std::{
 };
 
 use axum::{
+    body::Body,
     extract::{
         FromRequest, Multipart, Request,
         multipart::{Field, MultipartError, MultipartRejection},
     },
     http::{HeaderMap, StatusCode},
 };
+use futures_util::{StreamExt, future::ready, stream};
 use lathe_jobs::artifacts::Upload;
 use sha2::{Digest, Sha256};
 
@@ -85,7 +87,7 @@ impl Fields {
 /// The fingerprint of a form whose first copy has been answered. Nothing of it is kept.
 pub async fn fingerprint(state: &AppState, request: Request) -> Result<String, ApiError> {
     let limit = state.config.file_limit.saturating_add(OTHERS_LIMIT);
-    let (mut form, mut fields, mut bytes) = (Multipart::from_request(request, state).await?, Fields::default(), 0);
+    let (mut form, mut fields, mut bytes) = (parts(request, state).await?, Fields::default(), 0);
     while let Some(mut field) = form.next_field().await? {
         let (name, filename) = (field.name().unwrap_or_default().to_owned(), field.file_name().map(str::to_owned));
         let mut content = Sha256::new();
@@ -117,13 +119,21 @@ async fn admit(state: &AppState, headers: &HeaderMap, limit: u64) -> Result<(), 
     if announced > free { Err(ApiError::insufficient_storage()) } else { Ok(()) }
 }
 
+/// The form's parts. The parser takes a form for incomplete that comes whole, with its end, between its first look at the
+/// body and its second, so here the end always comes one look later.
+async fn parts(request: Request, state: &AppState) -> Result<Multipart, MultipartRejection> {
+    let end = stream::once(tokio::task::yield_now()).filter_map(|()| ready(None));
+    let request = request.map(|body| Body::from_stream(body.into_data_stream().chain(end)));
+    Multipart::from_request(request, state).await
+}
+
 /// Reads the form. 400 for a bad one, 413 over the limit, 507 without room; both of these before the body
 /// is read where its length is announced.
 pub async fn receive(state: &AppState, request: Request, expected: Expected<'_>) -> Result<Received, ApiError> {
     admit(state, request.headers(), expected.limit).await?;
     let fingerprint = request.extensions().get::<Fingerprint>().cloned();
     let mut fields = Fields::default();
-    let mut form = Multipart::from_request(request, state).await?;
+    let mut form = parts(request, state).await?;
     let mut file: Option<(Upload, String)> = None;
     let mut texts = BTreeMap::new();
     while let Some(mut field) = form.next_field().await? {
@@ -209,7 +219,6 @@ impl From<MultipartError> for ApiError {
 
 #[cfg(test)]
 mod tests {
-    use axum::body::Body;
     use lathe_jobs::artifacts::Artifacts;
     use proptest::prelude::*;
 
@@ -291,6 +300,28 @@ mod tests {
             prop_assert_eq!(std::fs::read_dir(root.path().join("tmp")).unwrap().count(), 0);
             prop_assert!(!root.path().join("files").exists());
         }
+    }
+
+    #[tokio::test]
+    async fn a_form_that_comes_between_two_looks_at_the_body_is_whole() {
+        const FORM: &str = "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\nabc\r\n--b--\r\n";
+        let root = tempfile::tempdir().unwrap();
+        let mut looks = 0;
+        let body = stream::poll_fn(move |context| {
+            looks += 1;
+            match looks {
+                1 => {
+                    context.waker().wake_by_ref();
+                    std::task::Poll::Pending
+                }
+                2 => std::task::Poll::Ready(Some(Ok::<_, std::io::Error>(FORM))),
+                _ => std::task::Poll::Ready(None),
+            }
+        });
+        let request = Request::builder().header("content-type", "multipart/form-data; boundary=b");
+        let request = request.body(Body::from_stream(body)).unwrap();
+        let expected = Expected { file_field: "file", texts: &[], key: "files/one", limit: LIMIT };
+        assert_eq!(receive(&state(root.path()), request, expected).await.unwrap().upload.bytes(), 3);
     }
 
     #[test]

@@ -39,7 +39,7 @@ pub struct HyperparametersBody {
     #[schema(exclusive_minimum = 0, maximum = 1e9)]
     pub clip: Option<f64>,
     /// Decides weights, data order and dropout. Default: 0.
-    #[schema(minimum = 0, maximum = 18446744073709551615u64)]
+    #[schema(minimum = 0, maximum = 18446744073709551615u64, format = "uint64")]
     pub seed: Option<u64>,
     /// Steps between checkpoints. Default: one every 60 seconds.
     #[schema(minimum = 1, maximum = 10000000)]

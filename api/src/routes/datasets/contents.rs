@@ -45,15 +45,15 @@ pub fn router() -> OpenApiRouter<AppState> {
 #[into_params(parameter_in = Query)]
 pub struct PreviewQuery {
     /// Index of the last row of the page before.
-    #[param(minimum = 0, maximum = 18446744073709551615u64)]
-    after: Option<u64>,
+    #[param(minimum = 0, maximum = 9223372036854775807i64)]
+    after: Option<i64>,
     #[param(minimum = 1, maximum = 100, default = 20)]
     limit: Option<u64>,
 }
 
 impl PreviewQuery {
     fn first(&self) -> u64 {
-        self.after.map_or(0, |after| after.saturating_add(1))
+        self.after.map_or(0, |after| after.unsigned_abs() + 1)
     }
 }
 

@@ -54,7 +54,7 @@ pub struct TemplateSource {
     #[schema(minimum = 1, maximum = 10000000)]
     rows: u64,
     /// Decides every row. Default: 0.
-    #[schema(minimum = 0, maximum = 18446744073709551615u64)]
+    #[schema(minimum = 0, maximum = 18446744073709551615u64, format = "uint64")]
     seed: Option<u64>,
     /// Datasets with which no row may be shared. One that is not ready is waited for.
     #[schema(max_items = 64)]

@@ -130,7 +130,7 @@ pub struct CreateFineTuningJob {
     /// Shows in the new model's id.
     #[schema(min_length = 1, max_length = 64)]
     pub suffix: Option<String>,
-    #[schema(minimum = 0, maximum = 18446744073709551615u64)]
+    #[schema(minimum = 0, maximum = 18446744073709551615u64, format = "uint64")]
     pub seed: Option<u64>,
     pub metadata: Option<Metadata>,
 }
