@@ -25,6 +25,18 @@ fn main() {
         .warnings(false)
         .compile("lathe_shim");
 
+    cc::Build::new()
+        .cpp(true)
+        .std("c++20")
+        .file("cpp/c10d.cpp")
+        .include("cpp/stub")
+        .include("cpp")
+        .include(&include)
+        .include(include.join("torch/csrc/api/include"))
+        .opt_level(2)
+        .warnings(false)
+        .compile("lathe_c10d");
+
     let kernels = |name: &str, flags: &[&str]| {
         let mut build = cc::Build::new();
         build.cpp(true).std("c++20").file("cpp/attention.cpp").define("LATHE_KERNELS", name).opt_level(3);

@@ -200,6 +200,7 @@ impl Prepared {
             staging: self.path("staging"),
             device: DeviceChoice::Cpu,
             disk_low_bytes: 0,
+            gang: None,
         }
     }
 }

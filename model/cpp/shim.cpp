@@ -10,6 +10,8 @@
 #include <ATen/ops/_fused_adamw.h>
 #include <torch/version.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -153,6 +155,32 @@ Tensor* lathe_gradient_norm(Tensor* const* parameters, int64_t count) {
 int lathe_zero_gradients(Tensor* const* parameters, int64_t count) {
   return guarded(0, [=] {
     for (int64_t i = 0; i < count; i++) parameters[i]->mutable_grad() = Tensor();
+    return 1;
+  });
+}
+
+/// `gradient` becomes the parameter's; what a backward pass finds is added to it in place.
+int lathe_set_gradient(Tensor* parameter, const Tensor* gradient) {
+  return guarded(0, [=] {
+    parameter->mutable_grad() = *gradient;
+    return 1;
+  });
+}
+
+/// Calls `body(data)` whenever a backward pass has the parameter's gradient; 0 from it fails the pass. `free(data)` is
+/// called once nothing calls it any more, and also where this fails.
+int lathe_on_gradient(Tensor* parameter, int (*body)(void*), void (*free)(void*), void* data) {
+  struct Hook : torch::autograd::PostAccumulateGradHook {
+    int (*body)(void*);
+    void (*free)(void*);
+    void* data;
+    Hook(int (*body)(void*), void (*free)(void*), void* data) : body(body), free(free), data(data) {}
+    ~Hook() override { free(data); }
+    void operator()(const Tensor&) override { TORCH_CHECK(body(data), "what follows a gradient failed"); }
+  };
+  auto hook = std::make_unique<Hook>(body, free, data);
+  return guarded(0, [&] {
+    torch::autograd::impl::set_post_acc_grad_hooks(*parameter, std::move(hook));
     return 1;
   });
 }

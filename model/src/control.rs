@@ -72,6 +72,15 @@ impl<'a> Reporter<'a> {
         Reporter(Box::new(sink))
     }
 
+    /// What a rank says: the first speaks for its job, the others for themselves alone.
+    pub fn of_rank(&mut self, rank: usize) -> Reporter<'_> {
+        Reporter::new(move |report| {
+            if rank == 0 || matches!(report, Report::Started { .. } | Report::Progress { .. }) {
+                self.send(report);
+            }
+        })
+    }
+
     pub fn send(&mut self, report: Report) {
         (self.0)(report);
     }

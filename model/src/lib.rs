@@ -16,6 +16,7 @@ pub mod failure;
 pub mod nn;
 pub mod objective;
 pub mod optim;
+pub mod parallel;
 pub mod protocol;
 pub mod pulse;
 pub mod random;

@@ -5,11 +5,11 @@
 //! worker stops at once. File descriptor [`REPORT_FD`] carries one [`Report`] a line back. Standard error is
 //! the log. The process ends with one of [`Exit`].
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::JobSpec;
+use crate::{config::JobSpec, parallel::Layout};
 
 /// Version of everything in this module. A worker refuses another one.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -78,6 +78,20 @@ pub struct TrainTask {
     pub device: DeviceChoice,
     /// Bytes that must stay free on the staging file system.
     pub disk_low_bytes: u64,
+    /// `None`: one rank.
+    #[serde(default)]
+    pub gang: Option<Membership>,
+}
+
+/// A rank's place among the workers of its job, and the way to the others.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Membership {
+    pub layout: Layout,
+    pub rank: usize,
+    /// Where they meet.
+    pub store: SocketAddr,
+    /// The address of this host that the others reach.
+    pub address: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -271,6 +285,8 @@ pub enum TaskResult {
         trained_tokens: u64,
         template: Option<String>,
     },
+    /// Of a rank that is not the first, which has made the model.
+    Rank,
     Tokenizer {
         folder: PathBuf,
         sha256: String,

@@ -1,18 +1,21 @@
 //! What libtorch can do and tch does not offer: autocast with a dtype, fused AdamW, deterministic
-//! algorithms, counter-based dropout, packed weights, the allocator's settings. The only module with `unsafe` code
-//! that calls C++.
+//! algorithms, counter-based dropout, packed weights, the allocator's settings, collectives. The only module with
+//! `unsafe` code that calls C++.
 //!
 //! Functions return a [`TensorError`] whose message carries no C++ backtrace.
 
 use std::{
-    ffi::{CStr, CString, c_char, c_int},
+    ffi::{CStr, CString, c_char, c_int, c_void},
     marker::PhantomData,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
     ptr,
 };
 
 use tch::{Device, Tensor};
 use torch_sys::C_tensor;
+
+pub mod c10d;
 
 /// A failure inside libtorch: its first sentence, without the backtrace.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -86,6 +89,13 @@ unsafe extern "C" {
     fn lathe_packed_linear(x: *const C_tensor, packed: *const C_tensor, bias: *const C_tensor, gelu: c_int) -> *mut C_tensor;
     fn lathe_gradient_norm(parameters: Tensors, count: i64) -> *mut C_tensor;
     fn lathe_zero_gradients(parameters: Tensors, count: i64) -> c_int;
+    fn lathe_set_gradient(parameter: *const C_tensor, gradient: *const C_tensor) -> c_int;
+    fn lathe_on_gradient(
+        parameter: *const C_tensor,
+        body: extern "C" fn(*mut c_void) -> c_int,
+        free: extern "C" fn(*mut c_void),
+        data: *mut c_void,
+    ) -> c_int;
     fn lathe_adamw(
         parameters: Tensors,
         averages: Tensors,
@@ -257,6 +267,33 @@ pub fn zero_gradients(parameters: &[Tensor]) -> Result<(), TensorError> {
     let pointers = pointers(parameters);
     // SAFETY: `count` valid tensors.
     check(unsafe { lathe_zero_gradients(pointers.as_ptr(), pointers.len() as i64) })
+}
+
+/// `gradient` becomes the parameter's: a backward pass adds to it in place.
+pub fn set_gradient(parameter: &Tensor, gradient: &Tensor) -> Result<(), TensorError> {
+    // SAFETY: borrowed tensors; the parameter takes a reference of its own.
+    check(unsafe { lathe_set_gradient(parameter.as_ptr(), gradient.as_ptr()) })
+}
+
+type GradientHook = Box<dyn FnMut() -> bool + Send>;
+
+/// Calls `body` whenever a backward pass has added its part to the parameter's gradient, on the thread that computes it; `false`, or a
+/// panic, fails the pass. A parameter has one such function, the newest.
+pub fn on_gradient(parameter: &Tensor, body: impl FnMut() -> bool + Send + 'static) -> Result<(), TensorError> {
+    extern "C" fn call(data: *mut c_void) -> c_int {
+        // SAFETY: made below and alive until `free`; a parameter's gradient is computed by one thread at a time.
+        let body = unsafe { &mut *data.cast::<GradientHook>() };
+        c_int::from(catch_unwind(AssertUnwindSafe(body)).unwrap_or(false))
+    }
+
+    extern "C" fn free(data: *mut c_void) {
+        // SAFETY: made below; called once.
+        drop(unsafe { Box::from_raw(data.cast::<GradientHook>()) });
+    }
+
+    let body: GradientHook = Box::new(body);
+    // SAFETY: a borrowed tensor; the shim owns the function from here on, and frees it.
+    check(unsafe { lathe_on_gradient(parameter.as_ptr(), call, free, Box::into_raw(Box::new(body)).cast()) })
 }
 
 /// Equally long lists: entry i of each belongs to parameter i.

@@ -151,6 +151,7 @@ pub fn product(lease: &Lease, result: TaskResult, artifacts: &Artifacts) -> Resu
         }
         TaskResult::Dataset { folder, sha256, statistics } => Product::Dataset { folder: inside(folder)?, sha256, statistics },
         TaskResult::Statistics { statistics } => Product::Statistics { statistics },
+        TaskResult::Rank => return Err(failure::retryable(FailureCode::Internal, "The job's first rank has made nothing.")),
     })
 }
 

@@ -43,6 +43,7 @@ pub async fn prepare(
         staging: staging.to_owned(),
         device: device.choice,
         disk_low_bytes: context.config.disk_low_bytes,
+        gang: None,
     };
     Ok(Prepared {
         keep_checkpoints,

@@ -28,11 +28,11 @@ const BRIEF: Duration = Duration::from_millis(500);
 pub fn validation_loss(run: &Run, control: &Control, report: &mut Reporter) -> Result<Option<f32>, Halt> {
     let Some((shard, packing)) = run.data.validation() else { return Ok(None) };
     let _no_grad = tch::no_grad_guard();
-    let chosen = evenly_spaced(packing.len(), SEQUENCES);
+    let chosen = run.gang.own(evenly_spaced(packing.len(), SEQUENCES));
     let (mut sum, mut tokens) = (Tensor::zeros([], (Kind::Float, run.device)), 0);
     let (begun, mut announced) = (Instant::now(), false);
     for part in chosen.chunks(run.micro_batch_size() as usize) {
-        if control.is_stopping() {
+        if run.stops(control) {
             return Err(Halt::Stopped);
         }
         if !announced && begun.elapsed() > BRIEF {
@@ -47,7 +47,9 @@ pub fn validation_loss(run: &Run, control: &Control, report: &mut Reporter) -> R
     if announced {
         report.send(Report::Phase { phase: Phase::Training });
     }
-    Ok(Some((sum.double_value(&[]) / tokens.max(1) as f64) as f32))
+    let totals = Tensor::from_slice(&[sum.double_value(&[]), tokens as f64]);
+    run.gang.sum(&totals)?;
+    Ok(Some((totals.double_value(&[0]) / totals.double_value(&[1]).max(1.0)) as f32))
 }
 
 /// At most `most` of the numbers below `len`, ascending.

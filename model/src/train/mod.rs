@@ -7,6 +7,7 @@
 
 mod divergence;
 mod evaluate;
+mod gang;
 mod halt;
 mod prepare;
 mod resolve;
@@ -27,6 +28,7 @@ use run::Run;
 /// # Errors
 /// [`Halt::Stopped`] after a pause, a cancellation or the runner's end; [`Halt::Failed`] with what to do.
 pub fn train(task: &TrainTask, threads: usize, control: &Control, report: &mut Reporter) -> Result<TaskResult, Halt> {
+    let report = &mut report.of_rank(task.gang.as_ref().map_or(0, |gang| gang.rank));
     report.send(Report::Phase { phase: Phase::Preparing });
     let mut run = prepare::prepare(task, threads, report)?;
     run.rehearse_saving(report)?;
@@ -49,15 +51,19 @@ pub fn train(task: &TrainTask, threads: usize, control: &Control, report: &mut R
 /// resumes with it.
 fn take_steps(run: &mut Run, control: &Control, report: &mut Reporter) -> Result<(), Halt> {
     loop {
+        let agreed = run.gang.agree(control, run.checkpoint_is_due())?;
         let best = run.evaluation_is_due() && evaluate(run, control, report)?;
         if run.samples_are_due() {
             sample(run, report);
         }
-        if best || run.checkpoint_is_due() || control.takes_checkpoint() {
+        if best || agreed.save {
             run.save(best, report)?;
         }
         if run.is_done() {
             return run.observe(0, None, report);
+        }
+        if agreed.stop {
+            return Err(Halt::Stopped);
         }
         run.step(control)?;
         run.observe(1, None, report)?;

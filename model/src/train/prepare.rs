@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::{
+    gang::Gang,
     halt::Halt,
     resolve,
     run::{Data, Folders, Ledger, Run},
@@ -34,7 +35,8 @@ pub fn prepare(task: &TrainTask, threads: usize, report: &mut Reporter) -> Resul
     let mut spec = resumed.as_ref().map_or(&task.spec, |manifest| &manifest.spec).clone();
     fit_vocabulary(&mut spec.model.vocabulary, tokenizer.vocabulary())?;
     let data = prepare_data(task, &tokenizer, threads)?;
-    resolve::resolve(&mut spec.train, &spec.model, data.train.len(), !data.validation.is_empty(), device);
+    let ranks = task.gang.as_ref().map_or(1, |gang| u64::from(gang.layout.data.max(1)));
+    resolve::resolve(&mut spec.train, &spec.model, data.train.len(), !data.validation.is_empty(), device, ranks);
     let numerics = numerics(device, threads, spec.train.precision);
     let mut parameters = Parameters::trainable(device, spec.train.seed);
     let model = Model::new(&spec.model, &mut parameters);
@@ -54,7 +56,8 @@ pub fn prepare(task: &TrainTask, threads: usize, report: &mut Reporter) -> Resul
     let folders =
         Folders { tokenizer: task.tokenizer.clone(), staging: task.staging.clone(), disk_low_bytes: task.disk_low_bytes };
     let ledger = Ledger::begin(state.step);
-    Ok(Run { spec, device, numerics, tokenizer, data, model, parameters, optimizer, state, folders, ledger })
+    let gang = task.gang.as_ref().map_or(Ok(Gang::alone()), |membership| Gang::join(membership, &parameters))?;
+    Ok(Run { spec, device, numerics, tokenizer, data, model, parameters, optimizer, state, folders, ledger, gang })
 }
 
 /// Takes over a base model's weights. The tokenizer is the base's own, or one that adds tokens to it.

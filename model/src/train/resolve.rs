@@ -18,7 +18,8 @@ const CPU_MICRO_BATCH_TOKENS: u64 = 16_384;
 const ACTIVATION_SHARE: u64 = 3;
 const CUDA_ACTIVATION_BYTES: u64 = 16 << 30;
 
-pub fn resolve(train: &mut TrainConfig, model: &ModelConfig, sequences: u64, validates: bool, device: Device) {
+/// `ranks`: how many share a batch.
+pub fn resolve(train: &mut TrainConfig, model: &ModelConfig, sequences: u64, validates: bool, device: Device, ranks: u64) {
     let steps = *train.steps.get_or_insert_with(|| {
         let epochs = train.epochs.unwrap_or(1.0);
         ((epochs * sequences as f64 / train.batch_size as f64).ceil() as u64).max(1)
@@ -36,7 +37,7 @@ pub fn resolve(train: &mut TrainConfig, model: &ModelConfig, sequences: u64, val
         let every = *train.evaluate_every.get_or_insert(steps.div_ceil(20));
         train.sample_every.get_or_insert(every);
     }
-    let (batch, budget) = (train.batch_size, activation_budget(device));
+    let (batch, budget) = (train.batch_size / ranks, activation_budget(device));
     train.micro_batch_size.get_or_insert_with(|| largest_micro_batch(model, batch, precision, budget, device));
 }
 

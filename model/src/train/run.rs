@@ -8,7 +8,7 @@ use std::{
 
 use tch::{Device, Kind, Tensor};
 
-use super::{halt::Halt, state::TrainState};
+use super::{gang::Gang, halt::Halt, state::TrainState};
 use crate::{
     arch::Model,
     checkpoint::{self, Trained},
@@ -77,6 +77,7 @@ pub struct Run {
     pub state: TrainState,
     pub folders: Folders,
     pub ledger: Ledger,
+    pub gang: Gang,
 }
 
 /// Where a run reads its tokenizer and writes what it makes.
@@ -140,8 +141,13 @@ impl Run {
         Ok(logits_nv.cross_entropy_loss(&batch.targets_n, None::<Tensor>, tch::Reduction::Sum, -100, 0.0))
     }
 
-    /// One optimiser step over `batch_size` sequences in micro-batches. Nothing here waits for the
-    /// device: the loss and the norm are read by [`Run::observe`] after the next step was begun.
+    /// Whether to stop in the middle of something. Ranks stop where they agree on it.
+    pub fn stops(&self, control: &Control) -> bool {
+        control.is_stopping() && self.gang.is_alone()
+    }
+
+    /// One optimiser step over `batch_size` sequences, this rank's part of them in micro-batches. Nothing here waits for
+    /// the device: the loss and the norm are read by [`Run::observe`] after the next step was begun.
     pub fn step(&mut self, control: &Control) -> Result<(), Halt> {
         let begun = Instant::now();
         let train = &self.spec.train;
@@ -150,20 +156,24 @@ impl Run {
         let order = Order { shard: &self.data.shard, packing: &self.data.train, posing: self.posing() };
         let examples: Vec<Example> = order.examples(first..last).collect();
         let supervised: u64 = examples.iter().map(Example::supervised).sum();
+        let tokens = examples.iter().map(|example| example.tokens.len() as u64).sum();
+        let own = self.gang.part(0..train.batch_size);
+        let parts = examples[own.start as usize..own.end as usize].chunks(self.micro_batch_size() as usize);
         let mut loss = Tensor::zeros([], (Kind::Float, self.device));
-        let mut tokens = 0;
-        for part in examples.chunks(self.micro_batch_size() as usize) {
-            if control.is_stopping() {
+        self.gang.begin_step()?;
+        for (number, part) in (1..).zip(parts.clone()) {
+            if self.stops(control) {
                 self.optimizer.zero_gradients()?;
                 return Err(Halt::Stopped);
             }
             let mut batch = Batch::of(part, self.device);
             let dropout = self.dropout(step, &batch.sequences);
             let part = self.loss_sum(&mut batch, dropout.as_ref())? / supervised.max(1) as f64;
-            part.backward();
+            self.gang.backward(&part, number == parts.len())?;
             loss += part.detach();
-            tokens += batch.tokens;
         }
+        self.gang.finish_step()?;
+        self.gang.sum(&loss)?;
         let learning_rate = schedule::learning_rate(&train.schedule, step, self.steps());
         let grad_norm = self.optimizer.step(learning_rate, train.clip)?;
         self.state.step = step;
@@ -254,6 +264,10 @@ impl Run {
             return Ok(());
         }
         self.observe(0, None, report)?;
+        if !self.gang.speaks() {
+            self.ledger.saved = (self.state.step, Instant::now());
+            return Ok(());
+        }
         // The low mark is kept free for this: what has been trained is saved as long as it fits.
         let begun = Instant::now();
         let folder = self.write(&self.state.step.to_string(), 0)?;
@@ -267,6 +281,9 @@ impl Run {
     /// Saves once before the first step and reads it back, so that a disk that cannot hold a
     /// checkpoint is met before the work and not after it.
     pub fn rehearse_saving(&mut self, report: &mut Reporter) -> Result<(), Halt> {
+        if !self.gang.speaks() {
+            return Ok(());
+        }
         let begun = Instant::now();
         let folder = self.write("rehearsal", self.folders.disk_low_bytes)?;
         checkpoint::verify(&folder)?;
@@ -293,6 +310,9 @@ impl Run {
 
     /// Writes the model's folder.
     pub fn publish(&self) -> Result<TaskResult, Halt> {
+        if !self.gang.speaks() {
+            return Ok(TaskResult::Rank);
+        }
         let folder = self.folders.staging.join("model");
         let weights_sha256 = checkpoint::save_model(&folder, &self.spec, &self.parameters, &self.folders.tokenizer, 0)?;
         let template = self.spec.method.template().map(|template| template.name().to_owned());

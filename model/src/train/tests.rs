@@ -1,3 +1,5 @@
+mod gangs;
+
 use std::path::{Path, PathBuf};
 
 use super::*;
@@ -51,6 +53,7 @@ impl Bench {
             staging: self.path(staging),
             device: DeviceChoice::Cpu,
             disk_low_bytes: 0,
+            gang: None,
         }
     }
 
