@@ -294,6 +294,9 @@ pub struct RunnerOptions {
     /// Days for which entries of the audit log are kept.
     #[arg(long, env = "LATHE_AUDIT_DAYS", default_value_t = 365, value_parser = clap::value_parser!(u16).range(1..=36_500), value_name = "DAYS")]
     pub audit_days: u16,
+    /// Ranks of trainings that run on this machine's cores at a time, which are divided among them; without it, or with a GPU, one a device.
+    #[arg(long, env = "LATHE_CPU_SLOTS", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024), value_name = "RANKS")]
+    pub cpu_slots: u16,
     /// Take no job that needs a device, so no training: data and tokenizers alone. Models are served all the same.
     #[arg(long, env = "LATHE_LIGHT_ONLY", value_parser = FalseyValueParser::new())]
     pub light_only: bool,
@@ -309,6 +312,7 @@ impl RunnerOptions {
             ("LATHE_DETERMINISTIC_DECODE", self.deterministic_decode.to_string()),
             ("LATHE_DECOMPRESSION_RATIO", self.decompression_ratio.to_string()),
             ("LATHE_AUDIT_DAYS", self.audit_days.to_string()),
+            ("LATHE_CPU_SLOTS", self.cpu_slots.to_string()),
             ("LATHE_LIGHT_ONLY", self.light_only.to_string()),
         ]
     }
@@ -325,6 +329,7 @@ impl RunnerOptions {
             audit_days: self.audit_days,
             log: crate::logging::apply,
             offer_devices: !self.light_only,
+            cpu_slots: self.cpu_slots.into(),
             ..RunnerConfig::new(database_url, store.folder(database))
         })
     }

@@ -178,7 +178,14 @@ impl Bench {
 }
 
 fn claimant() -> Claimant {
-    Claimant { runner_id: "runner_bench".into(), pool: Pool::Light, devices: 1, offered: json!([]), lease_seconds: 600.0 }
+    Claimant {
+        runner_id: "runner_bench".into(),
+        pool: Pool::Light,
+        devices: 1,
+        capacity: 1,
+        offered: json!([]),
+        lease_seconds: 600.0,
+    }
 }
 
 /// As the api does: job and resource in one transaction.

@@ -31,6 +31,8 @@ pub struct RunnerConfig {
     pub light_slots: usize,
     /// Whether jobs that need a device are taken here.
     pub offer_devices: bool,
+    /// Ranks that run on this machine's cores at a time, which are divided among them; GPUs are one each.
+    pub cpu_slots: usize,
     /// Where engines listen.
     pub internal_addr: InternalAddr,
     pub deterministic_decode: bool,
@@ -67,6 +69,7 @@ impl RunnerConfig {
             lease_seconds: 10.0,
             light_slots: 2,
             offer_devices: true,
+            cpu_slots: 1,
             internal_addr: InternalAddr::LOOPBACK,
             deterministic_decode: false,
             idle_seconds: 600.0,

@@ -33,13 +33,13 @@ impl Device {
     }
 }
 
-/// The CUDA devices of this machine, or all its cores as one.
-pub async fn find(program: &Path) -> Vec<Device> {
+/// The CUDA devices of this machine, or its cores as so many devices.
+pub async fn find(program: &Path, cpu_slots: usize) -> Vec<Device> {
     if !lathe_model::device::has_cuda_library() {
         // Without CUDA's library there is nothing to load.
-        return offer(lathe_model::device::find());
+        return offer(lathe_model::device::find(), cpu_slots);
     }
-    offer(probe(program, PROBE).await)
+    offer(probe(program, PROBE).await, cpu_slots)
 }
 
 /// What `program devices` prints; where it does not, the reason and no CUDA device.
@@ -64,10 +64,11 @@ pub async fn probe(program: &Path, limit: Duration) -> Found {
     Found { cuda_devices: 0, cpu_cores: cores(), reasons: vec![reason] }
 }
 
-fn offer(found: Found) -> Vec<Device> {
+fn offer(found: Found, cpu_slots: usize) -> Vec<Device> {
     let why = found.reasons.join("; ");
     if found.cuda_devices == 0 {
-        return vec![cpu(&why)];
+        let slots = cpu_slots.max(1);
+        return vec![Device { threads: (cores() / slots).max(1), ..cpu(&why) }; slots];
     }
     let threads = (found.cpu_cores / found.cuda_devices).max(1);
     let device =

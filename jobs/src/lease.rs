@@ -38,9 +38,12 @@ pub enum LeaseError {
 pub struct Claimant {
     pub runner_id: String,
     pub pool: Pool,
-    /// Devices that are free; a job that states more is left for another runner.
+    /// Devices that are free.
     pub devices: i32,
-    /// What the rank will run on, for its row.
+    /// Devices in all. A job that states more is left for another runner; one that states more than are free waits, and the jobs
+    /// behind it with it, so that it comes to its turn.
+    pub capacity: i32,
+    /// What the ranks will run on, for their rows: the devices that are free, in an array.
     pub offered: Value,
     pub lease_seconds: f64,
 }
@@ -50,6 +53,8 @@ pub struct Claimant {
 pub struct Claimed {
     pub lease: Lease,
     pub kind: Kind,
+    /// Of those that were offered, the first so many are the job's.
+    pub devices: i32,
     /// A [`crate::spec::Spec`], perhaps of a later version than this one reads.
     pub spec: Value,
     pub dataset_id: Option<String>,
@@ -64,7 +69,7 @@ pub struct Claimed {
 /// How often another runner may be quicker before a claim is left to the next look.
 const RUNNERS_QUICKER: usize = 3;
 
-/// Makes an attempt of the job that `$next` (a query of one id, over the parameters from `$8` on) finds. One
+/// Makes an attempt of the job that `$next` (a query of one id, over the parameters from `$9` on) finds. One
 /// statement, so that a claim costs one answer of the database and one version of the job's row.
 macro_rules! claim_next {
     ($conn:expr, $claimant:expr, $next:literal $(, $argument:expr)*) => {{
@@ -74,14 +79,15 @@ macro_rules! claim_next {
                    UPDATE jobs SET state = 'running', attempt = attempt + 1, started_at = coalesce(started_at, now()),
                        phase = 'preparing', next_event = next_event + 1
                    FROM next WHERE jobs.id = next.id AND state = 'queued'
-                   RETURNING jobs.id, attempt, next_event - 1 AS event, kind, spec, dataset_id, validation_dataset_id, tokenizer_id,
+                   RETURNING jobs.id, attempt, next_event - 1 AS event, kind, devices, spec, dataset_id, validation_dataset_id, tokenizer_id,
                        base_model_id, model_id, traceparent
                ), attempts AS (
                    INSERT INTO job_attempts (job_id, n, runner_id, lease_token, expires_at)
                    SELECT id, attempt, $3, $4, now() + make_interval(secs => $5) FROM claimed
                ), ranks AS (
                    INSERT INTO attempt_ranks (job_id, attempt, rank, runner_id, devices, state)
-                   SELECT id, attempt, 0, $3, $6, 'starting' FROM claimed
+                   SELECT id, attempt, rank, $3, jsonb_build_array($6::jsonb -> rank), 'starting'
+                   FROM claimed, generate_series(0, greatest(devices, 1) - 1) AS rank
                ), begun_datasets AS (
                    UPDATE datasets SET state = 'running' FROM claimed WHERE job_id = claimed.id AND state = 'queued'
                ), begun_tokenizers AS (
@@ -93,7 +99,7 @@ macro_rules! claim_next {
                    SELECT id, event, 'info', 'job.started', format('Attempt %s has begun.', attempt),
                        jsonb_build_object('attempt', attempt, 'runner', $3::text) FROM claimed
                )
-               SELECT id, attempt, kind AS "kind: Kind", spec, dataset_id, validation_dataset_id, tokenizer_id, base_model_id, model_id, traceparent,
+               SELECT id, attempt, kind AS "kind: Kind", devices, spec, dataset_id, validation_dataset_id, tokenizer_id, base_model_id, model_id, traceparent,
                    pg_notify($7, id) AS told
                FROM claimed"#,
             claimant.pool.as_str(),
@@ -102,7 +108,8 @@ macro_rules! claim_next {
             token,
             claimant.lease_seconds,
             claimant.offered,
-            events::CHANNEL
+            events::CHANNEL,
+            claimant.capacity
             $(, $argument)*
         )
         .fetch_optional($conn)
@@ -110,6 +117,7 @@ macro_rules! claim_next {
         row.map(|row| Claimed {
             lease: Lease { job_id: row.id, attempt: row.attempt, token },
             kind: row.kind,
+            devices: row.devices,
             spec: row.spec,
             dataset_id: row.dataset_id,
             validation_dataset_id: row.validation_dataset_id,
@@ -145,18 +153,20 @@ async fn claim_unlimited(conn: &mut PgConnection, claimant: &Claimant, yields: b
     Ok(claim_next!(
         conn,
         claimant,
-        "SELECT id FROM jobs
-         WHERE state = 'queued' AND NOT limited AND pool = $1 AND devices <= $2 AND run_after <= now()
-           AND NOT ($8 AND EXISTS (
-               SELECT FROM projects p
-               WHERE p.running_jobs_quota IS NOT NULL
-                 AND EXISTS (SELECT FROM jobs j
-                             WHERE j.state = 'queued' AND j.limited AND j.project_id = p.id AND j.pool = $1
-                               AND j.devices <= $2 AND j.run_after <= now())
-                 AND p.running_jobs_quota > (SELECT count(*) FROM jobs r
-                                             WHERE r.finished_at IS NULL AND r.state IN ('running', 'pausing', 'cancelling')
-                                               AND r.project_id = p.id)))
-         ORDER BY priority DESC, queued_at, id FOR UPDATE SKIP LOCKED LIMIT 1",
+        "SELECT id FROM (
+             SELECT id, devices FROM jobs
+             WHERE state = 'queued' AND NOT limited AND pool = $1 AND devices <= $8 AND run_after <= now()
+               AND NOT ($9 AND EXISTS (
+                   SELECT FROM projects p
+                   WHERE p.running_jobs_quota IS NOT NULL
+                     AND EXISTS (SELECT FROM jobs j
+                                 WHERE j.state = 'queued' AND j.limited AND j.project_id = p.id AND j.pool = $1
+                                   AND j.devices <= $8 AND j.run_after <= now())
+                     AND p.running_jobs_quota > (SELECT count(*) FROM jobs r
+                                                 WHERE r.finished_at IS NULL AND r.state IN ('running', 'pausing', 'cancelling')
+                                                   AND r.project_id = p.id)))
+             ORDER BY priority DESC, queued_at, id FOR UPDATE SKIP LOCKED LIMIT 1) first
+         WHERE devices <= $2",
         yields
     ))
 }
@@ -173,15 +183,16 @@ async fn claim_limited(conn: &mut PgConnection, claimant: &Claimant, project: &s
          WHERE state = 'queued' AND id = (
              SELECT mine.id
              FROM (SELECT id, priority, queued_at FROM jobs
-                   WHERE state = 'queued' AND limited AND project_id = $8 AND pool = $1 AND devices <= $2 AND run_after <= now()
+                   WHERE state = 'queued' AND limited AND project_id = $9 AND pool = $1 AND devices <= $8 AND run_after <= now()
                    ORDER BY priority DESC, queued_at, id LIMIT 1) mine
              LEFT JOIN (SELECT id, priority, queued_at FROM jobs
-                        WHERE state = 'queued' AND NOT limited AND pool = $1 AND devices <= $2 AND run_after <= now()
+                        WHERE state = 'queued' AND NOT limited AND pool = $1 AND devices <= $8 AND run_after <= now()
                         ORDER BY priority DESC, queued_at, id LIMIT 1) other ON true
              WHERE (other.id IS NULL OR (-mine.priority::bigint, mine.queued_at, mine.id) < (-other.priority::bigint, other.queued_at, other.id))
-               AND (SELECT running_jobs_quota FROM projects WHERE id = $8)
+               AND (SELECT running_jobs_quota FROM projects WHERE id = $9)
                  > (SELECT count(*) FROM jobs
-                    WHERE finished_at IS NULL AND state IN ('running', 'pausing', 'cancelling') AND project_id = $8))
+                    WHERE finished_at IS NULL AND state IN ('running', 'pausing', 'cancelling') AND project_id = $9))
+           AND devices <= $2
          FOR UPDATE SKIP LOCKED",
         project
     );
@@ -190,20 +201,26 @@ async fn claim_limited(conn: &mut PgConnection, claimant: &Claimant, project: &s
 }
 
 /// Renews the lease and says where the job stands, so that a control change is seen even if its
-/// notification was not.
-pub async fn heartbeat(conn: &mut PgConnection, lease: &Lease, lease_seconds: f64, step: i64) -> Result<JobState, LeaseError> {
+/// notification was not. `steps` are those of the ranks, in their order.
+pub async fn heartbeat(
+    conn: &mut PgConnection,
+    lease: &Lease,
+    lease_seconds: f64,
+    steps: &[i64],
+) -> Result<JobState, LeaseError> {
     sqlx::query_scalar!(
         r#"WITH beat AS (
                UPDATE job_attempts SET expires_at = now() + make_interval(secs => $2)
                WHERE lease_token = $1 AND ended_at IS NULL RETURNING job_id, n
            ), rank AS (
-               UPDATE attempt_ranks r SET heartbeat = now(), step = $3, state = 'running'
-               FROM beat WHERE r.job_id = beat.job_id AND r.attempt = beat.n AND r.rank = 0
+               UPDATE attempt_ranks r SET heartbeat = now(), step = at.step, state = 'running'
+               FROM beat, unnest($3::bigint[]) WITH ORDINALITY AS at (step, number)
+               WHERE r.job_id = beat.job_id AND r.attempt = beat.n AND r.rank = at.number - 1
            )
            SELECT state AS "state: JobState" FROM jobs JOIN beat ON beat.job_id = jobs.id"#,
         lease.token,
         lease_seconds,
-        step,
+        steps,
     )
     .fetch_optional(conn)
     .await?

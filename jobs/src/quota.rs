@@ -119,7 +119,7 @@ pub(crate) async fn open_project(conn: &mut PgConnection, claimant: &Claimant) -
                                          AND r.project_id = p.id)
          ORDER BY next.priority DESC, next.queued_at, next.id LIMIT 1",
         claimant.pool.as_str(),
-        claimant.devices,
+        claimant.capacity,
     )
     .fetch_optional(conn)
     .await

@@ -64,6 +64,15 @@ text_enum! {
     }
 }
 
+text_enum! {
+    /// Where a rank of an attempt stands.
+    RankState {
+        Starting = "starting",
+        Running = "running",
+        Ended = "ended",
+    }
+}
+
 /// Every change of state that exists.
 pub const TRANSITIONS: &[(JobState, JobState)] = {
     use JobState::*;

@@ -169,8 +169,14 @@ async fn client_step(world: &World, random: &mut StdRng) -> Result<(), Trouble> 
 
 async fn runner_step(world: &World, random: &mut StdRng) -> Result<(), Trouble> {
     let mut conn = world.db.acquire().await?;
-    let claimant =
-        Claimant { runner_id: "runner_a".into(), pool: Pool::Light, devices: 1, offered: json!([]), lease_seconds: 60.0 };
+    let claimant = Claimant {
+        runner_id: "runner_a".into(),
+        pool: Pool::Light,
+        devices: 1,
+        capacity: 1,
+        offered: json!([]),
+        lease_seconds: 60.0,
+    };
     let Some(claimed) = lease::claim(&mut conn, &claimant).await? else {
         reaper::sweep(&world.db, &world.artifacts).await?;
         return Ok(());
@@ -182,7 +188,7 @@ async fn runner_step(world: &World, random: &mut StdRng) -> Result<(), Trouble> 
         ..Batch::default()
     };
     metrics::record(&mut conn, &lease, &batch).await?;
-    lease::heartbeat(&mut conn, &lease, 60.0, 1).await?;
+    lease::heartbeat(&mut conn, &lease, 60.0, &[1]).await?;
     let ending = match random.random_range(0..10) {
         0..6 => {
             let folder = world.artifacts.staging(&lease.job_id, lease.attempt).join("dataset");

@@ -73,7 +73,7 @@ impl World {
 }
 
 fn claimant() -> Claimant {
-    Claimant { runner_id: "runner_1".into(), pool: Pool::Light, devices: 1, offered: json!([]), lease_seconds: 60.0 }
+    Claimant { runner_id: "runner_1".into(), pool: Pool::Light, devices: 1, capacity: 1, offered: json!([]), lease_seconds: 60.0 }
 }
 
 async fn enqueue(tx: &mut Transaction<'_, Postgres>, id: &str, project: &str, priority: i32) {

@@ -79,8 +79,14 @@ impl World {
     }
 
     async fn claim(&self, runner: &str) -> Option<Claimed> {
-        let claimant =
-            Claimant { runner_id: runner.into(), pool: Pool::Light, devices: 1, offered: json!([]), lease_seconds: 60.0 };
+        let claimant = Claimant {
+            runner_id: runner.into(),
+            pool: Pool::Light,
+            devices: 1,
+            capacity: 1,
+            offered: json!([]),
+            lease_seconds: 60.0,
+        };
         let mut conn = self.db.acquire().await.expect("the database is there");
         lease::claim(&mut conn, &claimant).await.expect("the database is there")
     }
@@ -248,7 +254,7 @@ async fn write(world: &World, random: &mut StdRng, lease: &Lease) -> String {
     let (live, before) = (world.is_live(lease).await, world.fingerprint().await);
     let mut conn = world.db.acquire().await.expect("the database is there");
     let (name, answer) = match random.random_range(0..10) {
-        0 => ("heartbeat", lease::heartbeat(&mut conn, lease, 60.0, 1).await.map(drop)),
+        0 => ("heartbeat", lease::heartbeat(&mut conn, lease, 60.0, &[1]).await.map(drop)),
         1..3 => ("metrics", metrics::record(&mut conn, lease, &metric(random.random_range(1..9))).await),
         3..5 => ("success", world.succeed(lease).await.map(drop)),
         5 => ("interruption", world.finish(lease, Ending::Interrupted).await.map(drop)),
@@ -492,7 +498,7 @@ async fn a_lost_runner_costs_nothing_and_changes_nothing_when_it_is_back(db: PgP
         .await
         .expect("the database is there");
     let mut conn = world.db.acquire().await.expect("the database is there");
-    lease::heartbeat(&mut conn, &stale, 60.0, 3).await.expect("nobody has decided otherwise yet");
+    lease::heartbeat(&mut conn, &stale, 60.0, &[3]).await.expect("nobody has decided otherwise yet");
     sqlx::query("UPDATE job_attempts SET expires_at = now() - interval '1 second'")
         .execute(&world.db)
         .await
@@ -500,7 +506,7 @@ async fn a_lost_runner_costs_nothing_and_changes_nothing_when_it_is_back(db: PgP
     assert_eq!(reaper::sweep(&world.db, &world.artifacts).await.expect("the database is there"), 1);
     let fresh = world.claim("runner_b").await.expect("it is queued again").lease;
     assert!(matches!(world.succeed(&stale).await, Err(LeaseError::Lost)));
-    assert!(matches!(lease::heartbeat(&mut conn, &stale, 60.0, 3).await, Err(LeaseError::Lost)));
+    assert!(matches!(lease::heartbeat(&mut conn, &stale, 60.0, &[3]).await, Err(LeaseError::Lost)));
     world.succeed(&fresh).await.expect("the lease is live");
     let published =
         std::fs::read_to_string(world.artifacts.path(&format!("datasets/ds_{}/{}/manifest.json", fresh.job_id, fresh.attempt)))

@@ -118,6 +118,7 @@ impl Case {
             method: self.method(),
             model: self.shape.config(),
             validation: None,
+            layout: Default::default(),
             train: TrainConfig {
                 steps: Some(self.total()),
                 epochs: None,

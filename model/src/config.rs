@@ -8,7 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::{arch::Architecture, objective::Objective};
+pub use crate::{arch::Architecture, objective::Objective, parallel::Layout};
 
 /// Version of [`JobSpec`] as stored in rows and checkpoints. Readers accept every earlier one.
 pub const SPEC_VERSION: u32 = 1;
@@ -199,6 +199,9 @@ pub struct JobSpec {
     /// Validation as asked for; ids are resolved to folders by the runner.
     pub validation: Option<Validation>,
     pub train: TrainConfig,
+    /// One rank where it is absent, as in what earlier versions stored.
+    #[serde(default, skip_serializing_if = "Layout::is_one_rank")]
+    pub layout: Layout,
 }
 
 impl JobSpec {

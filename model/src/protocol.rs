@@ -9,7 +9,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{config::JobSpec, parallel::Layout};
+use crate::config::JobSpec;
 
 /// Version of everything in this module. A worker refuses another one.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -86,7 +86,6 @@ pub struct TrainTask {
 /// A rank's place among the workers of its job, and the way to the others.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Membership {
-    pub layout: Layout,
     pub rank: usize,
     /// Where they meet.
     pub store: SocketAddr,

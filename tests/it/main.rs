@@ -15,6 +15,7 @@ mod edge;
 mod engine_faults;
 mod faults;
 mod files;
+mod gangs;
 mod generation;
 mod growth;
 mod handmade;

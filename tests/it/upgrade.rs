@@ -67,8 +67,14 @@ fn new_job(id: &str) -> NewJob {
 
 /// Claims everything there is, in order.
 async fn claim_all(conn: &mut PgConnection) -> Vec<(String, i32)> {
-    let claimant =
-        Claimant { runner_id: "runner_old".into(), pool: Pool::Light, devices: 1, offered: json!([]), lease_seconds: 600.0 };
+    let claimant = Claimant {
+        runner_id: "runner_old".into(),
+        pool: Pool::Light,
+        devices: 1,
+        capacity: 1,
+        offered: json!([]),
+        lease_seconds: 600.0,
+    };
     let mut claimed = Vec::new();
     while let Some(job) = lease::claim(conn, &claimant).await.expect("a claim") {
         assert!(Spec::read(job.spec).is_ok());

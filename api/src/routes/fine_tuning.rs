@@ -76,6 +76,7 @@ async fn create_fine_tuning_job(
     };
     let method = Method::Instruction { template: Template::Ins };
     let request = TrainRequest {
+        layout: Default::default(),
         train: train_config(&hyperparameters, &method, body.seed, validation.is_some())?,
         method,
         origin: Origin::Base { model: body.model, tokenizer: None },

@@ -7,15 +7,18 @@
 
 mod hyperparameters;
 mod model;
+mod parallelism;
 
 use std::collections::BTreeMap;
 
-use lathe_model::config::{JobSpec, Method, ModelConfig, Objective, SPEC_VERSION, Template, TrainConfig, Validation};
+use lathe_model::config::{JobSpec, Layout, Method, ModelConfig, Objective, SPEC_VERSION, Template, TrainConfig, Validation};
+use lathe_model::parallel::{Misfit, layout::Divided};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use hyperparameters::{HyperparametersBody, MAX_ATTEMPTS};
 pub use model::ModelBody;
+pub use parallelism::{CoordinatesObject, ParallelismBody};
 
 use crate::{metadata::Metadata, names::names, problem::ApiError};
 
@@ -102,6 +105,7 @@ macro_rules! train_body {
             /// Absent: nothing is validated on.
             pub validation: Option<ValidationBody>,
             pub hyperparameters: Option<HyperparametersBody>,
+            pub parallelism: Option<ParallelismBody>,
             /// The job's name and the model's.
             #[schema(min_length = 1, max_length = 256)]
             pub name: Option<String>,
@@ -123,6 +127,7 @@ macro_rules! train_body {
                     max_attempts: hyperparameters.max_attempts.unwrap_or(MAX_ATTEMPTS),
                     train: hyperparameters.resolve(&method, self.validation.is_some())?,
                     validation: self.validation.map(ValidationBody::resolve),
+                    layout: self.parallelism.unwrap_or_default().resolve(),
                     method,
                     name: self.name,
                     priority: self.priority.unwrap_or(0),
@@ -144,7 +149,7 @@ train_body! {
             "optimizer": {"type": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.1},
             "schedule": {"type": "cosine", "peak": 1e-3, "warmup_steps": 100, "floor": 1e-4},
             "checkpoint_every": 200, "evaluate_every": 200, "keep_checkpoints": 2},
-        "name": "small", "priority": 0, "after": [], "metadata": {}
+        "parallelism": {"data": 1}, "name": "small", "priority": 0, "after": [], "metadata": {}
     }))]
     PretrainBody {
         method: PretrainMethod,
@@ -199,6 +204,7 @@ pub struct TrainRequest {
     pub dataset: String,
     pub validation: Option<Validation>,
     pub train: TrainConfig,
+    pub layout: Layout,
     pub max_attempts: i32,
     pub name: Option<String>,
     pub priority: i32,
@@ -208,14 +214,20 @@ pub struct TrainRequest {
 
 impl TrainRequest {
     /// The spec, once the shape (the base's, for tuning) is known.
-    pub fn spec(&self, model: ModelConfig) -> JobSpec {
-        JobSpec {
+    ///
+    /// # Errors
+    /// Where the layout does not divide it.
+    pub fn spec(&self, model: ModelConfig) -> Result<JobSpec, Misfit> {
+        let &TrainConfig { batch_size, micro_batch_size, .. } = &self.train;
+        self.layout.check(Divided { model: &model, batch_size, micro_batch_size })?;
+        Ok(JobSpec {
             spec_version: SPEC_VERSION,
             method: self.method.clone(),
             model,
             validation: self.validation.clone(),
             train: self.train.clone(),
-        }
+            layout: self.layout,
+        })
     }
 }
 

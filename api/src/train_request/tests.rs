@@ -149,7 +149,8 @@ fn every_bound_is_a_400_with_its_path() {
         ("/metadata", json!({"a": 1}), "metadata.a"),
         ("/priority", json!(1001), "priority"),
         ("/name", json!(""), "name"),
-        ("/parallelism", json!({}), "parallelism"),
+        ("/parallelism", json!({"data": 0}), "parallelism.data"),
+        ("/parallelism", json!({"tensors": 2}), "parallelism.tensors"),
         ("/base_model", json!("model-1"), "base_model"),
     ];
     for (pointer, value, param) in cases {

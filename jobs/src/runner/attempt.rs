@@ -26,14 +26,20 @@ pub struct Attempt {
     pub outbox: Outbox,
     pub trace: AttemptTrace,
     pub control: watch::Sender<Control>,
-    pub step: AtomicI64,
+    /// The newest step of each rank.
+    pub steps: Vec<AtomicI64>,
     /// How many checkpoints the job keeps, once that is known.
     pub keep_checkpoints: AtomicI64,
 }
 
 impl Attempt {
-    /// Notes the newest step; whether it is the attempt's first.
+    /// Notes the first rank's newest step; whether it is the attempt's first.
     pub fn advance(&self, step: u64) -> bool {
-        self.step.swap(i64::try_from(step).unwrap_or(i64::MAX), Ordering::Relaxed) == 0
+        self.steps[0].swap(i64::try_from(step).unwrap_or(i64::MAX), Ordering::Relaxed) == 0
+    }
+
+    /// The newest step of the first rank, which speaks for the others.
+    pub fn step(&self) -> i64 {
+        self.steps[0].load(Ordering::Relaxed)
     }
 }

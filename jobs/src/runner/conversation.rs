@@ -3,7 +3,7 @@
 //! Nothing here waits for the database. A worker that hangs, in a deadlock or a step without an end, would
 //! keep its lease for ever by its runner's heartbeats; so it must show progress, or at least that it works.
 
-use std::{io, path::Path, process::ExitStatus, sync::atomic::Ordering, time::Duration};
+use std::{io, path::Path, process::ExitStatus, time::Duration};
 
 use lathe_model::{
     failure,
@@ -14,6 +14,7 @@ use tokio::{sync::watch, time::Instant};
 
 use super::{
     attempt::{Attempt, Control},
+    gang::Members,
     outbox::Write,
     spans::WorkerSpans,
 };
@@ -73,6 +74,7 @@ impl Pulse {
 pub async fn converse(
     attempt: &Attempt,
     mut child: Child,
+    mut members: Members,
     prepared: &Prepared,
     control: &mut watch::Receiver<Control>,
     log: &Path,
@@ -90,6 +92,7 @@ pub async fn converse(
         deadline,
         overdue: false,
         stalled: None,
+        lost: None,
         disk_low: false,
         last: None,
         pulse,
@@ -136,6 +139,11 @@ pub async fn converse(
                 talk.stall(attempt);
                 child.kill();
             }
+            lost = members.lost(), if talk.lost.is_none() => {
+                tracing::error!(job.id = attempt.lease.job_id, job.attempt = attempt.lease.attempt, "{lost}");
+                talk.lost = Some(lost);
+                child.kill();
+            }
             () = until(talk.deadline) => {
                 talk.overdue = true;
                 talk.deadline = None;
@@ -169,6 +177,8 @@ struct Talk {
     overdue: bool,
     /// It was killed for showing no progress; what is said of that.
     stalled: Option<String>,
+    /// Another rank ended before its time; what is said of that.
+    lost: Option<String>,
     /// It was told to stop because the disk is nearly full.
     disk_low: bool,
     pulse: Pulse,
@@ -238,7 +248,7 @@ impl Talk {
 
     fn stall(&mut self, attempt: &Attempt) {
         let message = format!("The worker {}, and was killed.", self.pulse.diagnosis());
-        let step = attempt.step.load(Ordering::Relaxed);
+        let step = attempt.step();
         tracing::error!(job.id = attempt.lease.job_id, job.attempt = attempt.lease.attempt, step, "{message}");
         attempt.outbox.gather(true, |batch| {
             batch.events.push(Event::new(Level::Error, "worker.stalled", &message, json!({ "step": step })))
@@ -277,6 +287,9 @@ impl Talk {
         if let Some(message) = self.stalled {
             let advice = "If the job is merely slow, start the runner with more `--stall-seconds`.";
             return Ending::Failed(failure::retryable(FailureCode::WorkerStalled, format!("{message} {advice}")));
+        }
+        if let Some(message) = self.lost {
+            return Ending::Failed(failure::retryable(FailureCode::WorkerCrashed, message));
         }
         if code == Some(Exit::BadSpec as i32) {
             let message = "The worker does not read this task; the runner and the worker are of different versions.";

@@ -17,7 +17,7 @@ use std::{
 
 use lathe_model::{
     failure,
-    protocol::{Failure, FailureCode, Level},
+    protocol::{Failure, FailureCode, Level, WorkerSpec},
 };
 use serde_json::json;
 use sqlx::PgConnection;
@@ -26,6 +26,7 @@ use tokio::{sync::watch, task::JoinHandle};
 use super::{
     attempt::{Attempt, Control},
     conversation::converse,
+    gang::Members,
     lease_keeper::{self, RETRY, is_permanent},
     outbox::Outbox,
     spans::AttemptTrace,
@@ -45,7 +46,8 @@ use crate::{
 };
 
 /// Does what was claimed. Returns when the attempt has ended, here or for others.
-pub async fn run(context: Arc<Context>, claimed: Claimed, device: Device) {
+/// `devices`: one for each rank.
+pub async fn run(context: Arc<Context>, claimed: Claimed, devices: Vec<Device>) {
     let lease = claimed.lease.clone();
     let staging = context.artifacts.staging(&lease.job_id, lease.attempt);
     tracing::info!(job.id = lease.job_id, job.attempt = lease.attempt, job.kind = %claimed.kind, "claimed a job");
@@ -53,14 +55,14 @@ pub async fn run(context: Arc<Context>, claimed: Claimed, device: Device) {
         outbox: Outbox::new(&staging),
         trace: AttemptTrace::begin(&claimed),
         control: watch::Sender::new(Control::Run),
-        step: AtomicI64::new(0),
+        steps: devices.iter().map(|_| AtomicI64::new(0)).collect(),
         keep_checkpoints: AtomicI64::new(i64::MAX),
         context,
         lease,
     });
     let beating = tokio::spawn(lease_keeper::renew(attempt.clone()));
     let writing = tokio::spawn(lease_keeper::write_all(attempt.clone()));
-    let ending = work(&attempt, &claimed, &device, &staging).await;
+    let ending = work(&attempt, &claimed, &devices, &staging).await;
     attempt.outbox.close();
     match ending {
         Some(ending) => {
@@ -158,15 +160,15 @@ fn publishing_failed(error: &ArtifactError) -> Failure {
 }
 
 /// Prepares the task and sees its worker through; `None`: the lease is lost.
-async fn work(attempt: &Attempt, claimed: &Claimed, device: &Device, staging: &Path) -> Option<Ending> {
+async fn work(attempt: &Arc<Attempt>, claimed: &Claimed, devices: &[Device], staging: &Path) -> Option<Ending> {
     let mut control = attempt.control.subscribe();
     let begun = SystemTime::now();
     let prepared = tokio::select! {
-        prepared = prepare(attempt, claimed, device, staging) => prepared,
+        prepared = prepare(attempt, claimed, &devices[0], staging) => prepared,
         () = lost(&mut control) => return None,
         () = attempt.context.must_go() => return Some(Ending::Interrupted),
     };
-    let prepared = match prepared {
+    let mut prepared = match prepared {
         Ok(prepared) => prepared,
         Err(failure) => return Some(Ending::Failed(failure)),
     };
@@ -174,7 +176,7 @@ async fn work(attempt: &Attempt, claimed: &Claimed, device: &Device, staging: &P
     attempt.keep_checkpoints.store(prepared.keep_checkpoints, Ordering::Relaxed);
     if let Some(step) = prepared.resumed_step {
         let message = format!("Goes on from the checkpoint of step {step}.");
-        attempt.step.store(step, Ordering::Relaxed);
+        attempt.steps.iter().for_each(|rank| rank.store(step, Ordering::Relaxed));
         attempt.outbox.gather(true, |batch| {
             batch.events.push(Event::new(Level::Info, "checkpoint.resumed", &message, json!({ "step": step })))
         });
@@ -186,21 +188,28 @@ async fn work(attempt: &Attempt, claimed: &Claimed, device: &Device, staging: &P
         });
     }
     let log = attempt.context.artifacts.log(&attempt.lease.job_id, attempt.lease.attempt);
-    let start = Start {
+    let bounds = prepared.bounds;
+    let start = |worker: &WorkerSpec| Start {
         program: attempt.context.config.program.clone(),
         arguments: vec!["worker".into()],
-        environment: environment(prepared.worker.threads),
+        environment: environment(worker.threads),
         log: log.clone(),
-        bounds: prepared.bounds,
+        bounds,
     };
-    match Child::start(start).await {
-        Ok(child) => converse(attempt, child, &prepared, &mut control, &log).await,
-        Err(error) => {
-            tracing::error!(job.id = attempt.lease.job_id, %error, "a worker could not be started");
-            let message = "The worker could not be started; the log of the runner says why.";
-            Some(Ending::Failed(failure::retryable(FailureCode::WorkerCrashed, message)))
-        }
+    let members = match Members::start(attempt, &mut prepared.worker, devices, start).await {
+        Ok(members) => members,
+        Err(error) => return Some(not_started(attempt, &error)),
+    };
+    match Child::start(start(&prepared.worker)).await {
+        Ok(child) => converse(attempt, child, members, &prepared, &mut control, &log).await,
+        Err(error) => Some(not_started(attempt, &error.to_string())),
     }
+}
+
+fn not_started(attempt: &Attempt, error: &str) -> Ending {
+    tracing::error!(job.id = attempt.lease.job_id, error, "a worker could not be started");
+    let message = "The worker could not be started; the log of the runner says why.";
+    Ending::Failed(failure::retryable(FailureCode::WorkerCrashed, message))
 }
 
 /// Resolves when the lease is lost.

@@ -33,10 +33,10 @@ pub async fn renew(attempt: Arc<Attempt>) {
     let seconds = attempt.context.config.lease_seconds;
     let (period, mut spoken) = (Duration::from_secs_f64(seconds / 3.0), attempt.context.spoken_of.subscribe());
     loop {
-        let step = attempt.step.load(Ordering::Relaxed);
+        let steps: Vec<i64> = attempt.steps.iter().map(|step| step.load(Ordering::Relaxed)).collect();
         let renewed = match attempt.context.db.acquire().await {
             Ok(mut conn) => {
-                let beat = lease::heartbeat(&mut conn, &attempt.lease, seconds, step);
+                let beat = lease::heartbeat(&mut conn, &attempt.lease, seconds, &steps);
                 tokio::time::timeout(period, beat).await.unwrap_or(Err(LeaseError::Database(sqlx::Error::PoolTimedOut)))
             }
             Err(error) => Err(error.into()),

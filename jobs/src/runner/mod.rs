@@ -9,6 +9,7 @@
 mod attempt;
 mod conversation;
 mod execute;
+mod gang;
 mod lease_keeper;
 mod outbox;
 mod spans;
@@ -67,7 +68,7 @@ pub async fn run(config: RunnerConfig, shutdown: impl Future<Output = ()>) -> Re
         .connect_with(options)
         .await?;
     let offered = match config.offer_devices {
-        true => devices::find(&config.program).await,
+        true => devices::find(&config.program, config.cpu_slots).await,
         false => Vec::new(),
     };
     let (stop, stopping) = watch::channel(false);
@@ -280,25 +281,23 @@ async fn hear(context: &Context) -> Result<(), sqlx::Error> {
     }
 }
 
-/// Claims for one pool while a slot of it is free. Ends, after its attempts, when the runner stops.
+/// Claims for one pool while slots of it are free: one for each rank of a job. Ends, after its attempts, when the runner stops.
 async fn claim_all(context: Arc<Context>, pool: Pool, slots: Vec<Device>) {
-    let (mut free, mut attempts) = (slots, JoinSet::new());
+    let (capacity, mut free, mut attempts) = (slots.len(), slots, JoinSet::new());
     loop {
         // Registered before the query, so that work queued after it is not missed.
         let wake = context.wake.notified();
         let mut full = true;
-        if let Some(slot) = free.pop() {
-            match claim(&context, pool, &slot).await {
-                Some(claimed) => {
-                    let context = context.clone();
-                    attempts.spawn(async move {
-                        execute::run(context, claimed, slot.clone()).await;
-                        slot
-                    });
-                    full = false;
-                }
-                None => free.push(slot),
-            }
+        if !free.is_empty()
+            && let Some(claimed) = claim(&context, pool, &free, capacity).await
+        {
+            let ranks = usize::try_from(claimed.devices).unwrap_or(0).clamp(1, free.len());
+            let (taken, context) = (free.drain(..ranks).collect::<Vec<_>>(), context.clone());
+            attempts.spawn(async move {
+                execute::run(context, claimed, taken.clone()).await;
+                taken
+            });
+            full = false;
         }
         if context.is_stopping() {
             break;
@@ -310,8 +309,8 @@ async fn claim_all(context: Arc<Context>, pool: Pool, slots: Vec<Device>) {
             () = wake, if !free.is_empty() => {}
             () = tokio::time::sleep(POLL), if !free.is_empty() => {}
             Some(ended) = attempts.join_next() => match ended {
-                Ok(slot) => free.push(slot),
-                Err(error) => tracing::error!(%error, "an attempt's task ended by itself; its slot is lost until the runner is started again"),
+                Ok(taken) => free.extend(taken),
+                Err(error) => tracing::error!(%error, "an attempt's task ended by itself; its slots are lost until the runner is started again"),
             },
             () = context.must_stop() => break,
         }
@@ -320,7 +319,7 @@ async fn claim_all(context: Arc<Context>, pool: Pool, slots: Vec<Device>) {
 }
 
 /// The next job, if there is one and this machine has room for it.
-async fn claim(context: &Context, pool: Pool, slot: &Device) -> Option<lease::Claimed> {
+async fn claim(context: &Context, pool: Pool, free: &[Device], capacity: usize) -> Option<lease::Claimed> {
     if !context.takes_work() {
         return None;
     }
@@ -331,8 +330,9 @@ async fn claim(context: &Context, pool: Pool, slot: &Device) -> Option<lease::Cl
     let claimant = Claimant {
         runner_id: context.runner_id.clone(),
         pool,
-        devices: 1,
-        offered: serde_json::Value::Array(vec![slot.describe()]),
+        devices: i32::try_from(free.len()).unwrap_or(i32::MAX),
+        capacity: i32::try_from(capacity).unwrap_or(i32::MAX),
+        offered: serde_json::Value::Array(free.iter().map(Device::describe).collect()),
         lease_seconds: context.config.lease_seconds,
     };
     let claimed = match context.db.acquire().await {

@@ -103,6 +103,10 @@ impl Divided<'_> {
 }
 
 impl Layout {
+    pub fn is_one_rank(&self) -> bool {
+        self.data == 1 && self.tensor == 1 && self.pipeline == 1
+    }
+
     /// Whether `divided` can be cut like this.
     ///
     /// # Errors

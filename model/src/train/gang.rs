@@ -12,7 +12,7 @@ use crate::{
     control::Control,
     failure,
     nn::Parameters,
-    parallel::{Axis, Gradients, Group, Interrupted, Mesh, Record, ReduceError},
+    parallel::{Axis, Gradients, Group, Interrupted, Layout, Mesh, Record, ReduceError},
     protocol::{Command, FailureCode, Membership},
     shim::c10d::{Reduction, Store},
 };
@@ -47,18 +47,20 @@ impl Gang {
     }
 
     /// Meets the other ranks. The gradients of `parameters` are the gang's from here on.
-    pub fn join(membership: &Membership, parameters: &Parameters) -> Result<Gang, Halt> {
-        let Membership { layout, rank, store, address } = membership;
+    pub fn join(membership: &Membership, layout: Layout, parameters: &Parameters) -> Result<Gang, Halt> {
+        let Membership { rank, store, address } = membership;
         if layout.size(Axis::Tensor) * layout.size(Axis::Pipeline) > 1 || layout.zero > 0 {
-            let message =
-                "this version shards over the data axis alone, and no states: set `tensor` and `pipeline` to 1, `zero` to 0";
+            return Err(failure::new(FailureCode::Internal, "this version shards over the data axis alone, and no states").into());
+        }
+        if parameters.device().is_cuda() {
+            let message = "this version runs several ranks on CPUs alone: give the job one rank";
             return Err(failure::new(FailureCode::DeviceUnavailable, message).into());
         }
         let record = Arc::new(Record::default());
         let store = Store::join(*store, MEETING)?;
         let place = (*rank, layout.ranks());
         let all = Group::gloo(&store, "all", place, address, MEETING, record.clone())?;
-        let mut mesh = Mesh::join(&store, *layout, *rank, address, MEETING, &record)?;
+        let mut mesh = Mesh::join(&store, layout, *rank, address, MEETING, &record)?;
         let gradients = mesh.data.take().map(|group| Gradients::new(parameters, group)).transpose()?;
         Ok(Gang(Some(Ranks { mesh, all, gradients, _store: store })))
     }

@@ -35,7 +35,9 @@ pub fn prepare(task: &TrainTask, threads: usize, report: &mut Reporter) -> Resul
     let mut spec = resumed.as_ref().map_or(&task.spec, |manifest| &manifest.spec).clone();
     fit_vocabulary(&mut spec.model.vocabulary, tokenizer.vocabulary())?;
     let data = prepare_data(task, &tokenizer, threads)?;
-    let ranks = task.gang.as_ref().map_or(1, |gang| u64::from(gang.layout.data.max(1)));
+    // The layout is the attempt's own.
+    spec.layout = task.spec.layout;
+    let ranks = u64::from(spec.layout.data.max(1));
     resolve::resolve(&mut spec.train, &spec.model, data.train.len(), !data.validation.is_empty(), device, ranks);
     let numerics = numerics(device, threads, spec.train.precision);
     let mut parameters = Parameters::trainable(device, spec.train.seed);
@@ -56,7 +58,7 @@ pub fn prepare(task: &TrainTask, threads: usize, report: &mut Reporter) -> Resul
     let folders =
         Folders { tokenizer: task.tokenizer.clone(), staging: task.staging.clone(), disk_low_bytes: task.disk_low_bytes };
     let ledger = Ledger::begin(state.step);
-    let gang = task.gang.as_ref().map_or(Ok(Gang::alone()), |membership| Gang::join(membership, &parameters))?;
+    let gang = task.gang.as_ref().map_or(Ok(Gang::alone()), |membership| Gang::join(membership, spec.layout, &parameters))?;
     Ok(Run { spec, device, numerics, tokenizer, data, model, parameters, optimizer, state, folders, ledger, gang })
 }
 

@@ -81,6 +81,7 @@ impl Bench {
                 rope_theta: 10_000.0,
             },
             validation: None,
+            layout: Default::default(),
             train: TrainConfig {
                 steps: Some(steps),
                 epochs: None,

@@ -29,9 +29,6 @@ use crate::{
     train_request::{Origin, TrainBody, TrainRequest},
 };
 
-/// Devices that a job asks for; one process trains it.
-const DEVICES: i32 = 1;
-
 /// Create a training job
 ///
 /// The answer names the job's `model` at once. A dataset, tokenizer, base model or job of `after` that
@@ -111,6 +108,7 @@ pub(in crate::routes) async fn insert(
             tuned_model_id(base, &project, suffix.unwrap_or_default(), &id)
         }
     };
+    let spec = request.spec(start.config.clone())?;
     let template = request.method.template().map(Template::name);
     let config = serde_json::to_value(&start.config).map_err(ApiError::internal)?;
     let name = request.name.clone().unwrap_or_else(|| model_id.clone());
@@ -119,12 +117,12 @@ pub(in crate::routes) async fn insert(
         id: id.clone(),
         project_id: project_id.to_owned(),
         name: request.name.clone(),
-        spec: Spec::Train(request.spec(start.config)),
+        devices: i32::try_from(spec.layout.ranks()).unwrap_or(i32::MAX),
+        spec: Spec::Train(spec),
         request: stored,
         metadata: metadata.clone(),
         priority: request.priority,
         max_attempts: request.max_attempts,
-        devices: DEVICES,
         dataset_id: Some(request.dataset.clone()),
         validation_dataset_id,
         tokenizer_id: start.tokenizer_id.clone(),

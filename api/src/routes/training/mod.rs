@@ -8,8 +8,14 @@ mod metrics;
 pub(super) mod outputs;
 
 use axum::{Json, extract::State};
-use lathe_jobs::{spec::Spec, state::JobState};
-use lathe_model::{config::JobSpec, protocol::Phase};
+use lathe_jobs::{
+    spec::Spec,
+    state::{JobState, RankState},
+};
+use lathe_model::{
+    config::{JobSpec, Layout},
+    protocol::Phase,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::PgConnection;
@@ -26,7 +32,7 @@ use crate::{
     problem::ApiError,
     resource::FailureDetail,
     state::AppState,
-    train_request::{HyperparametersBody, MethodBody, ValidationBody},
+    train_request::{CoordinatesObject, HyperparametersBody, MethodBody, ParallelismBody, ValidationBody},
 };
 
 pub fn router() -> OpenApiRouter<AppState> {
@@ -59,7 +65,7 @@ pub enum WaitingFor {
 #[schema(example = json!({"id": "ftjob-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "object": "training.job", "name": "small", "state": "running", "phase": "training",
     "method": {"type": "pretrain", "objective": "causal_lm"}, "model": "model-01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "model_config": {"architecture": "gpt", "layers": 4, "vocabulary": 1024},
     "base_model": null, "dataset": "ds_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "tokenizer": "tok_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "validation": {"fraction": 0.05},
-    "hyperparameters": {"steps": 2000, "batch_size": 12, "precision": "fp32"}, "priority": 0, "after": [], "queue_position": null, "waiting_for": null, "run_after": null,
+    "hyperparameters": {"steps": 2000, "batch_size": 12, "precision": "fp32"}, "parallelism": {"data": 1}, "ranks": [], "priority": 0, "after": [], "queue_position": null, "waiting_for": null, "run_after": null,
     "step": 420, "steps": 2000, "loss": 2.31, "tokens_per_second": 21000.0, "trained_tokens": null, "eta_seconds": 57.8,
     "created_at": 1767225600.25, "started_at": 1767225600.31, "first_step_at": 1767225602.1, "finished_at": null, "attempts": 1, "failures": 0, "error": null,
     "checkpoints": [{"id": "ftckpt_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "step": 400, "best": true}], "metadata": {}}))]
@@ -84,6 +90,9 @@ pub struct TrainingJobObject {
     validation: Option<ValidationBody>,
     /// Resolved; null for what the first attempt still has to decide.
     hyperparameters: Option<HyperparametersBody>,
+    parallelism: Option<ParallelismBody>,
+    /// Of the newest attempt.
+    ranks: Vec<RankObject>,
     priority: i32,
     after: Vec<String>,
     /// 1: the next of its kind to be claimed. Only while it is queued.
@@ -114,6 +123,28 @@ pub struct TrainingJobObject {
     error: Option<FailureDetail>,
     checkpoints: Vec<CheckpointNote>,
     metadata: Metadata,
+}
+
+names! {
+    RankStateName(RankState),
+}
+
+/// A process that trains.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"rank": 1, "runner": "runner_01J9ZQ4M7K3T5W8X2Y6C0V1B4N", "device": {"kind": "cpu", "name": "EPYC", "threads": 8, "why": "no CUDA"},
+    "coordinates": {"data": 1}, "state": "running", "step": 420, "heartbeat": 1767225612.5}))]
+pub struct RankObject {
+    rank: usize,
+    runner: String,
+    /// As the runner describes it.
+    #[schema(value_type = Object)]
+    device: Value,
+    coordinates: CoordinatesObject,
+    state: RankStateName,
+    /// The last finished step that was heard of.
+    step: i64,
+    /// When it was last heard of.
+    heartbeat: f64,
 }
 
 /// A checkpoint as a job names it; `/checkpoints` has the rest.
@@ -158,6 +189,7 @@ pub(super) struct JobRow {
     pub queue_position: Option<i64>,
     pub waits_for_quota: bool,
     pub checkpoints: Value,
+    pub ranks: Value,
     pub training_file: Option<String>,
     pub validation_file: Option<String>,
 }
@@ -179,6 +211,9 @@ macro_rules! select_jobs {
                                AND r.project_id = j.project_id)) IS TRUE AS "waits_for_quota!",
                       (SELECT coalesce(jsonb_agg(jsonb_build_object('id', c.id, 'step', c.step, 'best', c.best) ORDER BY c.step), '[]')
                          FROM checkpoints c WHERE c.job_id = j.id) AS "checkpoints!",
+                      (SELECT coalesce(jsonb_agg(jsonb_build_object('rank', r.rank, 'runner', r.runner_id, 'device', r.devices -> 0, 'state', r.state,
+                           'step', r.step, 'heartbeat', round(extract(epoch FROM r.heartbeat), 3)) ORDER BY r.rank), '[]')
+                         FROM attempt_ranks r WHERE r.job_id = j.id AND r.attempt = j.attempt) AS "ranks!",
                       (SELECT file_id FROM dataset_files f WHERE f.dataset_id = j.dataset_id AND f.position = 0) AS training_file,
                       (SELECT file_id FROM dataset_files f WHERE f.dataset_id = j.validation_dataset_id AND f.position = 0) AS validation_file
                FROM jobs j
@@ -236,6 +271,8 @@ impl From<JobRow> for TrainingJobObject {
             finished_at: row.finished_at.map(milliseconds),
             after: after.unwrap_or_default(),
             checkpoints: serde_json::from_value(row.checkpoints).unwrap_or_default(),
+            parallelism: spec.map(|spec| spec.layout.into()),
+            ranks: spec.map(|spec| ranks(row.ranks, spec.layout)).unwrap_or_default(),
             error: FailureDetail::from_column(row.error),
             metadata: Metadata::from_row(row.metadata),
             id: row.id,
@@ -255,6 +292,30 @@ impl From<JobRow> for TrainingJobObject {
             failures: row.failures,
         }
     }
+}
+
+/// The ranks of a row, with their places.
+fn ranks(column: Value, layout: Layout) -> Vec<RankObject> {
+    #[derive(Deserialize)]
+    struct Rank {
+        rank: usize,
+        runner: String,
+        device: Value,
+        state: RankState,
+        step: i64,
+        heartbeat: f64,
+    }
+    let ranks: Vec<Rank> = serde_json::from_value(column).unwrap_or_default();
+    let object = |Rank { rank, runner, device, state, step, heartbeat }| RankObject {
+        coordinates: layout.coordinates(rank).into(),
+        state: state.into(),
+        rank,
+        runner,
+        device,
+        step,
+        heartbeat,
+    };
+    ranks.into_iter().map(object).collect()
 }
 
 /// A part of a spec in the shape that requests have, which is the same JSON.

@@ -11,8 +11,9 @@ use crate::{
 };
 
 fn gang(task: TrainTask, ranks: usize, rank: usize, store: SocketAddr) -> TrainTask {
-    let layout = Layout { data: ranks as u32, ..Layout::default() };
-    TrainTask { gang: Some(Membership { layout, rank, store, address: "127.0.0.1".into() }), ..task }
+    let mut task = TrainTask { gang: Some(Membership { rank, store, address: "127.0.0.1".into() }), ..task };
+    task.spec.layout = Layout { data: ranks as u32, ..Layout::default() };
+    task
 }
 
 fn spec(bench: &Bench, steps: u64) -> JobSpec {
