@@ -15,6 +15,8 @@ use std::{
     path::Path,
 };
 
+use bpe::Bpe;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -24,9 +26,11 @@ use crate::{
     pulse,
 };
 
+mod bpe;
 mod detokenizer;
 mod import;
 mod train;
+mod words;
 
 pub use detokenizer::Detokenizer;
 pub use import::{MAX_FILE_BYTES, MAX_VOCABULARY, import};
@@ -173,6 +177,8 @@ impl From<Error> for Failure {
 /// A loaded tokenizer. Immutable and shareable between threads.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// Encodes in the library's place, where it can.
+    bpe: Option<Bpe>,
     config: Config,
     sha256: String,
     /// Exact bytes by id; empty for reserved ids.
@@ -206,10 +212,10 @@ impl Tokenizer {
             .map_err(|error| Error::Invalid(format!("{TOKENIZER_FILE} cannot be read: {error}")))?;
         // Special tokens in a text are text.
         inner.set_encode_special_tokens(true);
-        Tokenizer::assemble(inner, parsed, hex::encode(digest.finalize()))
+        Tokenizer::assemble(inner, Bpe::of(&json), parsed, hex::encode(digest.finalize()))
     }
 
-    fn assemble(inner: tokenizers::Tokenizer, config: Config, sha256: String) -> Result<Tokenizer, Error> {
+    fn assemble(inner: tokenizers::Tokenizer, bpe: Option<Bpe>, config: Config, sha256: String) -> Result<Tokenizer, Error> {
         let size = config.vocabulary as usize;
         let mut reserved = vec![false; size];
         for id in config.reserved.iter().copied().chain(Role::ALL.map(|role| config.roles.id(role))) {
@@ -236,11 +242,18 @@ impl Tokenizer {
                 byte_ids[byte as usize] = Some(id);
             }
         }
-        Ok(Tokenizer { inner, config, sha256, bytes, reserved, byte_ids })
+        Ok(Tokenizer { inner, bpe, config, sha256, bytes, reserved, byte_ids })
     }
 
     /// The ids of a text, without any reserved id (but UNK, where the vocabulary lacks a character).
     pub fn encode(&self, text: &str) -> Vec<u32> {
+        match &self.bpe {
+            Some(bpe) => bpe.encode(text, |ids| self.only_text(&ids)),
+            None => self.encode_by_library(text),
+        }
+    }
+
+    fn encode_by_library(&self, text: &str) -> Vec<u32> {
         match self.inner.encode_fast(text, false) {
             Ok(encoding) => self.only_text(encoding.get_ids()),
             Err(error) => {
@@ -252,9 +265,12 @@ impl Tokenizer {
 
     /// [`Tokenizer::encode`] of many texts, in parallel.
     pub fn encode_batch(&self, texts: &[String]) -> Vec<Vec<u32>> {
+        if self.bpe.is_some() {
+            return texts.par_iter().map(|text| self.encode(text)).collect();
+        }
         match self.inner.encode_batch_fast(texts.iter().map(String::as_str).collect(), false) {
             Ok(encodings) => encodings.iter().map(|encoding| self.only_text(encoding.get_ids())).collect(),
-            Err(_) => texts.iter().map(|text| self.encode(text)).collect(),
+            Err(_) => texts.iter().map(|text| self.encode_by_library(text)).collect(),
         }
     }
 
