@@ -33,11 +33,11 @@ class Client:
         with self.send(path, b"".join(parts), f"multipart/form-data; boundary={edge}") as answer:
             return json.load(answer)
 
-    def ended(self, path: str, states: tuple[str, ...]) -> dict:
-        """What is at `path`, once its state is one of these."""
+    def ended(self, path: str, states: tuple[str, ...], every: float = 0.05) -> dict:
+        """What is at `path`, once its state is one of these; it is asked for so often, in seconds."""
         until = time.monotonic() + PATIENCE_SECONDS
         while (found := self.call(path))["state"] not in states:
             if found["state"] == "failed" or time.monotonic() > until:
                 sys.exit(f"{path} is {found['state']}: {found.get('error')}")
-            time.sleep(0.05)
+            time.sleep(every)
         return found

@@ -20,6 +20,7 @@ pub mod parallel;
 pub mod protocol;
 pub mod pulse;
 pub mod random;
+mod report_pipe;
 pub mod shim;
 pub mod template;
 pub mod tokenizer;

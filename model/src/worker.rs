@@ -9,10 +9,10 @@
 use std::{
     any::Any,
     fs::File,
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader},
     os::fd::FromRawFd,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
 use crate::{
@@ -22,7 +22,9 @@ use crate::{
         Command, Exit, Failure, FailureCode, PROTOCOL_VERSION, REPORT_FD, Report, StatisticsTask, Task, TaskResult,
         TokenizerTask, WorkerSpec,
     },
-    pulse, shim,
+    pulse,
+    report_pipe::ReportPipe,
+    shim,
     tokenizer::{self, Tokenizer},
     train::{self, Halt},
 };
@@ -34,11 +36,11 @@ pub type Ingest<'a> = &'a mut dyn FnMut(serde_json::Value, &Control, &mut Report
 /// of [`Exit`].
 pub fn run(ingest: Ingest) -> i32 {
     // SAFETY: the runner opens this descriptor for the worker, and nothing else in the process uses it.
-    let pipe = Arc::new(Mutex::new(unsafe { File::from_raw_fd(REPORT_FD) }));
+    let pipe = Arc::new(ReportPipe::new(unsafe { File::from_raw_fd(REPORT_FD) }));
     let control = Arc::new(Control::default());
     // Before there is another thread, since every thread inherits it.
     pause_on_sigterm(control.clone());
-    let mut reporter = Reporter::new(|report| write_report(&pipe, &report));
+    let mut reporter = Reporter::new(|report| pipe.send(&report));
     let mut stdin = BufReader::new(std::io::stdin());
     let spec = match read_spec(&mut stdin) {
         Ok(spec) => spec,
@@ -50,15 +52,10 @@ pub fn run(ingest: Ingest) -> i32 {
     let commands = control.clone();
     std::thread::spawn(move || follow(stdin, &commands));
     let alive = pipe.clone();
-    std::thread::spawn(move || pulse::tell(|report| write_report(&alive, &report)));
-    run_task(spec, &control, &mut reporter, ingest) as i32
-}
-
-fn write_report(pipe: &Mutex<File>, report: &Report) {
-    let Ok(mut line) = serde_json::to_vec(report) else { return };
-    line.push(b'\n');
-    // A runner that is gone closes standard input too, and that is what stops the task.
-    let _ = pipe.lock().unwrap_or_else(PoisonError::into_inner).write_all(&line);
+    std::thread::spawn(move || pulse::tell(|report| alive.send(&report)));
+    let exit = run_task(spec, &control, &mut reporter, ingest);
+    pipe.finish();
+    exit as i32
 }
 
 /// SIGTERM is a pause: service managers send it to every process of a service, and what was trained is
