@@ -37,6 +37,9 @@ void check_kinds(const Tensor& q, const Tensor& k, const Tensor& v) {
 
 float scale(int64_t dim) { return float(1 / std::sqrt(double(dim))); }
 
+/// Below this cost all of it takes less time than to wake a thread.
+constexpr int64_t SHARED_FROM = 4096;
+
 /// Calls `run(piece, group, scratch)` for every piece and every key head; threads get about the same work. A
 /// piece's `costs` are those of one head.
 template <class Run>
@@ -44,7 +47,7 @@ void each(const std::vector<int64_t>& costs, int64_t groups, int64_t scratch_flo
   const int64_t count = costs.size();
   std::vector<int64_t> before(count + 1);
   for (int64_t i = 0; i < count; i++) before[i + 1] = before[i] + costs[i];
-  const int64_t threads = at::get_num_threads(), total = before[count] * groups;
+  const int64_t total = before[count] * groups, threads = total < SHARED_FROM ? 1 : at::get_num_threads();
   const auto border = [&](int64_t thread) {
     // Items are pieces by key heads, the heads of a piece in a row.
     const int64_t cost = total / threads * thread;

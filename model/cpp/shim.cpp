@@ -4,7 +4,6 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_fused_adamw.h>
@@ -237,30 +236,6 @@ Tensor* lathe_dropout_mask(const uint64_t* sequences, int64_t rows, int64_t posi
       }
     });
     return new Tensor(mask);
-  });
-}
-
-/// A weight (outputs, inputs) laid out for oneDNN's kernels, which libtorch's own product does anew
-/// in every call. Fails where oneDNN cannot have its type here.
-Tensor* lathe_pack_weight(const Tensor* weight) {
-  return guarded<Tensor*>(nullptr, [=] {
-    static const auto pack = c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_reorder_linear_weight", "");
-    std::vector<c10::IValue> stack{*weight, c10::IValue()};
-    pack.callBoxed(stack);
-    return new Tensor(stack[0].toTensor());
-  });
-}
-
-/// `x W^T + b` with a weight of `lathe_pack_weight`, and GELU (tanh) of it if `gelu`. `bias` may be null.
-Tensor* lathe_packed_linear(const Tensor* x, const Tensor* packed, const Tensor* bias, int gelu) {
-  return guarded<Tensor*>(nullptr, [=] {
-    static const auto product = c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "");
-    static const c10::IValue plain("none"), none(""), activated("gelu"), tanh("tanh");
-    static const c10::IValue scalars(c10::List<std::optional<at::Scalar>>{});
-    std::vector<c10::IValue> stack{*x, *packed, bias ? c10::IValue(*bias) : c10::IValue(), gelu ? activated : plain,
-                                   scalars, gelu ? tanh : none};
-    product.callBoxed(stack);
-    return new Tensor(stack[0].toTensor());
   });
 }
 }

@@ -87,6 +87,8 @@ unsafe extern "C" {
     ) -> *mut C_tensor;
     fn lathe_pack_weight(weight: *const C_tensor) -> *mut C_tensor;
     fn lathe_packed_linear(x: *const C_tensor, packed: *const C_tensor, bias: *const C_tensor, gelu: c_int) -> *mut C_tensor;
+    fn lathe_is_for_rows(weight: *const C_tensor, packed: *const C_tensor) -> c_int;
+    fn lathe_row_product(x: *const C_tensor, packed: *const C_tensor, bias: *const C_tensor, outputs: i64) -> *mut C_tensor;
     fn lathe_gradient_norm(parameters: Tensors, count: i64) -> *mut C_tensor;
     fn lathe_zero_gradients(parameters: Tensors, count: i64) -> c_int;
     fn lathe_set_gradient(parameter: *const C_tensor, gradient: *const C_tensor) -> c_int;
@@ -253,6 +255,20 @@ pub fn packed_linear(x: &Tensor, packed: &Tensor, bias: Option<&Tensor>, gelu: b
     let bias = bias.map_or(ptr::null(), Tensor::as_ptr);
     // SAFETY: borrowed tensors, the bias or null.
     owned(unsafe { lathe_packed_linear(x.as_ptr(), packed.as_ptr(), bias, c_int::from(gelu)) })
+}
+
+/// Whether [`row_product`] can take what [`pack_weight`] made of this weight.
+pub fn is_for_rows(weight: &Tensor, packed: &Tensor) -> bool {
+    // SAFETY: borrowed tensors.
+    unsafe { lathe_is_for_rows(weight.as_ptr(), packed.as_ptr()) != 0 }
+}
+
+/// `x W^T + b` of a single row in bf16, shaped `(1, outputs)`. Has no gradient. Only for weights that [`is_for_rows`] has
+/// said yes to.
+pub fn row_product(x: &Tensor, packed: &Tensor, bias: Option<&Tensor>, outputs: i64) -> Result<Tensor, TensorError> {
+    let bias = bias.map_or(ptr::null(), Tensor::as_ptr);
+    // SAFETY: borrowed tensors, the bias or null.
+    owned(unsafe { lathe_row_product(x.as_ptr(), packed.as_ptr(), bias, outputs) })
 }
 
 /// The 2-norm over all gradients as one scalar on the device; reading it is the caller's decision.
