@@ -294,7 +294,7 @@ pub struct RunnerOptions {
     /// Days for which entries of the audit log are kept.
     #[arg(long, env = "LATHE_AUDIT_DAYS", default_value_t = 365, value_parser = clap::value_parser!(u16).range(1..=36_500), value_name = "DAYS")]
     pub audit_days: u16,
-    /// Ranks of trainings that run on this machine's cores at a time, which are divided among them; without it, or with a GPU, one a device.
+    /// Ranks of trainings among which this machine's cores are divided; each GPU is one.
     #[arg(long, env = "LATHE_CPU_SLOTS", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024), value_name = "RANKS")]
     pub cpu_slots: u16,
     /// Take no job that needs a device, so no training: data and tokenizers alone. Models are served all the same.
