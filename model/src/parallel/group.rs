@@ -2,7 +2,7 @@
 //!
 //! A collective starts at once and goes on beside the computation until its [`Pending`] is waited for. Every one is written
 //! into the rank's [`Record`], and what fails says which it was. Nothing waits longer than the group's timeout, which
-//! is a last resort: a rank that is gone is an error within a second where its host still answers, and heartbeats see the others.
+//! is a last resort: a rank that is gone is an error within a second where its host still answers.
 
 use std::{cell::Cell, sync::Arc, time::Duration};
 

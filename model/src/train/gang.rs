@@ -17,8 +17,8 @@ use crate::{
     shim::c10d::{Reduction, Store},
 };
 
-/// How long ranks wait for one another at the start, where one may still be reading data. Who is lost is found by
-/// heartbeats long before.
+/// How long ranks wait for one another, at the start, where one may still be reading data, and in a collective. A rank that
+/// ends is found at once by its runner, which ends the others.
 const MEETING: Duration = Duration::from_secs(1800);
 
 /// What all ranks do before their next step.
