@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 import time
+import traceback
 
 from report import ROOT, show
 
@@ -21,13 +22,22 @@ def main() -> int:
     names = sys.argv[1:] or PARTS
     if unknown := [name for name in names if name not in PARTS]:
         sys.exit(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    figures = []
+    figures, broken = [], []
     for name in names:
         begun, load = time.monotonic(), os.getloadavg()[0]
         print(f"{name}: begins at a load of {load:.1f} on {os.cpu_count()} cores", flush=True)
-        figures += importlib.import_module(f"parts.{name}").run()
+        try:
+            figures += importlib.import_module(f"parts.{name}").run()
+        except (Exception, SystemExit) as reason:
+            # What the others take hours to measure is not lost with it.
+            broken.append(name)
+            traceback.print_exc()
+            print(f"{name}: broke off: {reason}", flush=True)
         print(f"{name}: took {time.monotonic() - begun:.0f} s", flush=True)
-    return show(figures) if figures else 0
+    status = show(figures) if figures else 0
+    if broken:
+        print(f"broke off: {', '.join(broken)}")
+    return 1 if broken else status
 
 
 if __name__ == "__main__":
