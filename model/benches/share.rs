@@ -16,7 +16,7 @@ use lathe_model::{
     },
     nn::{Parameters, Pass},
     objective::Posing,
-    optim::Adamw,
+    optim::{Adamw, Slice},
     shim::{self, Autocast},
     tokenizer::Tokenizer,
 };
@@ -61,14 +61,14 @@ fn batches(dataset: &Path, tokenizer: &Path, context: u64, batch_size: u64, thre
     let order = Order { shard: &shard, packing: &packing, posing: Posing { objective: method.objective(), seed: SEED } };
     let batch = |step: u64| {
         let examples: Vec<Example> = order.examples(step * batch_size..(step + 1) * batch_size).collect();
-        Batch::of(&examples, Device::Cpu)
+        Batch::of(&examples, 1, Device::Cpu)
     };
     (0..BATCHES).map(batch).collect()
 }
 
 fn step(model: &Model, optimizer: &mut Adamw, batch: &mut Batch) {
     let autocast = Autocast::bf16(Device::Cpu).expect("the CPU computes in bf16");
-    let mut pass = Pass { plan: &mut batch.plan, dropout: None };
+    let mut pass = Pass::plain(&mut batch.plan);
     let hidden_btc = model.hidden(&batch.tokens_bt, &batch.positions_bt, &mut pass);
     let width = *hidden_btc.size().last().expect("it has three dimensions");
     let hidden_tc = hidden_btc.view([-1, width]);
@@ -79,7 +79,8 @@ fn step(model: &Model, optimizer: &mut Adamw, batch: &mut Batch) {
     let logits_nv = model.logits(&hidden_nc).to_kind(Kind::Float);
     drop(autocast);
     logits_nv.cross_entropy_loss(&batch.targets_n, None::<Tensor>, Reduction::Mean, -100, 0.0).backward();
-    let _ = optimizer.step(RATE, CLIP).expect("gradients are there");
+    let norm = optimizer.gradient_norm().expect("gradients are there");
+    optimizer.step(RATE, CLIP, &norm).expect("gradients are there");
 }
 
 fn main() {
@@ -92,7 +93,8 @@ fn main() {
     let mut batches = batches(dataset.as_ref(), tokenizer.as_ref(), shape.context as u64, batch_size, threads);
     let mut parameters = Parameters::trainable(Device::Cpu, SEED);
     let model = Model::new(&shape.config(), &mut parameters);
-    let mut optimizer = Adamw::new(&parameters, &Optimizer::Adamw { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 });
+    let mut optimizer =
+        Adamw::new(Slice::of(&parameters), &Optimizer::Adamw { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 });
     println!("0");
     for line in io::stdin().lines() {
         let steps: usize = line.expect("text").trim().parse().expect("a number of steps");

@@ -182,7 +182,7 @@ impl Prepared {
         for step in 0..case.total() {
             let first = step * case.batch_size;
             let examples: Vec<Example> = order.examples(first..first + case.batch_size).collect();
-            write_batch(&mut file, &Batch::of(&examples, Device::Cpu));
+            write_batch(&mut file, &Batch::of(&examples, 1, Device::Cpu));
         }
         file.flush().expect("the folder is ours");
     }
@@ -222,7 +222,8 @@ fn write_batch(file: &mut impl Write, batch: &Batch) {
     all.iter().for_each(|&number| file.write_all(&(number as i32).to_le_bytes()).expect("the folder is ours"));
 }
 
-/// Pseudo-random rows: words of two to four syllables, so that merges can be learned.
+/// Pseudo-random rows: words of two to four syllables, so that merges can be learned, or, where there must be more of them,
+/// of three to five.
 fn rows(case: &Case) -> Vec<Row> {
     let mut state = 1u64;
     let mut below = move |bound: u64| {
@@ -230,8 +231,10 @@ fn rows(case: &Case) -> Vec<Row> {
         (state >> 33) % bound
     };
     let syllables = ["ka", "lo", "mir", "ten", "su", "va", "ne", "ro", "pid", "gal", "tu", "es", "ban", "fo", "che", "lin"];
-    let words: Vec<String> =
-        (0..case.shape.vocabulary * 2).map(|_| (0..2 + below(3)).map(|_| syllables[below(16) as usize]).collect()).collect();
+    let shortest = if case.shape.vocabulary > 10_000 { 3 } else { 2 };
+    let words: Vec<String> = (0..case.shape.vocabulary * 2)
+        .map(|_| (0..shortest + below(3)).map(|_| syllables[below(16) as usize]).collect())
+        .collect();
     let mut sentence =
         |count: u64| (0..count).map(|_| words[below(words.len() as u64) as usize].as_str()).collect::<Vec<_>>().join(" ");
     match case.data {
@@ -239,7 +242,7 @@ fn rows(case: &Case) -> Vec<Row> {
         Data::Texts => (0..case.total() * case.batch_size / 4 + case.shape.vocabulary as u64 / 100)
             .map(|_| Row::Text { text: sentence(2_000) })
             .collect(),
-        Data::Pairs => (0..20_000)
+        Data::Pairs => (0..(case.shape.vocabulary as u64 * 2).max(20_000))
             .map(|index| {
                 let turn = Turn { instruction: sentence(4 + index % 5), input: String::new(), output: sentence(2 + index % 3) };
                 Row::Conversation { system: None, turns: vec![turn] }

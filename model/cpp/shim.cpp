@@ -9,12 +9,15 @@
 #include <ATen/ops/_fused_adamw.h>
 #include <torch/version.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <dlfcn.h>
+#include <memory>
 #include <string>
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -166,21 +169,65 @@ int lathe_set_gradient(Tensor* parameter, const Tensor* gradient) {
   });
 }
 
-/// Calls `body(data)` whenever a backward pass has the parameter's gradient; 0 from it fails the pass. `free(data)` is
+/// Gives the memory behind a tensor back (0 bytes), or new memory to it, for all tensors that share it.
+int lathe_resize_storage(const Tensor* tensor, int64_t bytes) {
+  return guarded(0, [=] {
+    const auto& storage = tensor->storage();
+    auto data = bytes > 0 ? c10::GetAllocator(tensor->device().type())->allocate(bytes)
+                          : at::DataPtr(nullptr, tensor->device());
+    storage.unsafeGetStorageImpl()->set_data_ptr_noswap(std::move(data));
+    storage.unsafeGetStorageImpl()->set_nbytes(bytes);
+    return 1;
+  });
+}
+
+/// Calls `body(data, parameter)` whenever a backward pass has the parameter's gradient; 0 from it fails the pass. `free(data)` is
 /// called once nothing calls it any more, and also where this fails.
-int lathe_on_gradient(Tensor* parameter, int (*body)(void*), void (*free)(void*), void* data) {
+int lathe_on_gradient(Tensor* parameter, int (*body)(void*, const Tensor*), void (*free)(void*), void* data) {
   struct Hook : torch::autograd::PostAccumulateGradHook {
-    int (*body)(void*);
+    int (*body)(void*, const Tensor*);
     void (*free)(void*);
     void* data;
-    Hook(int (*body)(void*), void (*free)(void*), void* data) : body(body), free(free), data(data) {}
+    Hook(int (*body)(void*, const Tensor*), void (*free)(void*), void* data) : body(body), free(free), data(data) {}
     ~Hook() override { free(data); }
-    void operator()(const Tensor&) override { TORCH_CHECK(body(data), "what follows a gradient failed"); }
+    void operator()(const Tensor& parameter) override {
+      TORCH_CHECK(body(data, &parameter), "what follows a gradient failed");
+    }
   };
   auto hook = std::make_unique<Hook>(body, free, data);
   return guarded(0, [&] {
     torch::autograd::impl::set_post_acc_grad_hooks(*parameter, std::move(hook));
     return 1;
+  });
+}
+
+/// `output`, computed without gradients from `input`, as a step of the backward pass: what `body(data, gradient)` makes of
+/// its gradient is the input's; null from it fails the pass. `free(data)` is called once nothing calls it any more, and
+/// also where there is no backward pass.
+Tensor* lathe_with_backward(const Tensor* input, const Tensor* output, Tensor* (*body)(void*, Tensor*),
+                            void (*free)(void*), void* data) {
+  struct Step : torch::autograd::Node {
+    Tensor* (*body)(void*, Tensor*);
+    std::shared_ptr<void> data;
+    Step(Tensor* (*body)(void*, Tensor*), std::shared_ptr<void> data) : body(body), data(std::move(data)) {}
+    std::string name() const override { return "LatheStep"; }
+    torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override {
+      if (!gradients[0].defined()) return {Tensor()};
+      at::NoGradGuard guard;
+      std::unique_ptr<Tensor> result(body(data.get(), &gradients[0]));
+      TORCH_CHECK(result, "a step of the backward pass failed");
+      return {*result};
+    }
+  };
+  auto held = std::shared_ptr<void>(data, free);
+  return guarded<Tensor*>(nullptr, [&] {
+    auto result = std::make_unique<Tensor>(output->detach());
+    if (at::GradMode::is_enabled() && input->requires_grad()) {
+      std::shared_ptr<Step> step(new Step(body, held), torch::autograd::deleteNode);
+      step->set_next_edges(torch::autograd::collect_next_edges(*input));
+      torch::autograd::set_history(*result, step);
+    }
+    return result.release();
   });
 }
 
@@ -212,9 +259,9 @@ struct LatheDropout {
   double probability;
 };
 
-/// A dropout mask (rows, positions, width), fp32: 0 or 1/(1−p). An element is a pure function of
-/// (seed, step, its row's global sequence index, layer, site, position × width + channel).
-Tensor* lathe_dropout_mask(const uint64_t* sequences, int64_t rows, int64_t positions, int64_t width,
+/// A dropout mask (rows, positions, width), fp32, of the positions from `first` on: 0 or 1/(1−p). An element is a pure function
+/// of (seed, step, its row's global sequence index, layer, site, position × width + channel).
+Tensor* lathe_dropout_mask(const uint64_t* sequences, int64_t rows, int64_t first, int64_t positions, int64_t width,
                            const LatheDropout* options) {
   return guarded<Tensor*>(nullptr, [=] {
     auto mask = at::empty({rows, positions, width}, at::kFloat);
@@ -222,16 +269,17 @@ Tensor* lathe_dropout_mask(const uint64_t* sequences, int64_t rows, int64_t posi
     const Philox philox{{uint32_t(options->seed), uint32_t(options->seed >> 32)}};
     const float keep = float(1.0 / (1.0 - options->probability));
     const uint32_t threshold = uint32_t(std::min(options->probability * 4294967296.0, 4294967295.0));
-    const int64_t elements = positions * width;
+    const int64_t elements = positions * width, before = first * width;
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row++) {
         const uint64_t sequence = sequences[row];
         const uint32_t place = (options->layer << 8 | (options->site & 0xff)) ^ uint32_t(sequence >> 32) * 0x9E3779B9u;
-        for (int64_t element = 0; element < elements; element += 4) {
+        // Four elements have one draw; the first draw may have begun before them.
+        for (int64_t element = before - before % 4; element < before + elements; element += 4) {
           uint32_t bits[4];
           philox({uint32_t(element / 4), uint32_t(sequence), uint32_t(options->step), place}, bits);
-          for (int64_t i = 0; i < 4 && element + i < elements; i++)
-            out[row * elements + element + i] = bits[i] < threshold ? 0.0f : keep;
+          for (int64_t i = std::max<int64_t>(before - element, 0); i < 4 && element + i < before + elements; i++)
+            out[row * elements + element - before + i] = bits[i] < threshold ? 0.0f : keep;
         }
       }
     });

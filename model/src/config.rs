@@ -13,7 +13,7 @@ pub use crate::{arch::Architecture, objective::Objective, parallel::Layout};
 /// Version of [`JobSpec`] as stored in rows and checkpoints. Readers accept every earlier one.
 pub const SPEC_VERSION: u32 = 1;
 
-/// The vocabulary is padded to a multiple of this in memory. Padded rows are zero, their logits −∞.
+/// The vocabulary is padded to a multiple of this on each rank, in memory. Padded rows are zero, their logits −∞.
 pub const VOCABULARY_MULTIPLE: i64 = 64;
 
 listed_enum! {
@@ -65,13 +65,6 @@ pub struct ModelConfig {
     pub tie_embeddings: bool,
     pub dropout: f64,
     pub rope_theta: f64,
-}
-
-impl ModelConfig {
-    /// Rows of the embedding in memory.
-    pub fn padded_vocabulary(&self) -> i64 {
-        (self.vocabulary + VOCABULARY_MULTIPLE - 1) / VOCABULARY_MULTIPLE * VOCABULARY_MULTIPLE
-    }
 }
 
 listed_enum! {
@@ -200,7 +193,7 @@ pub struct JobSpec {
     pub validation: Option<Validation>,
     pub train: TrainConfig,
     /// One rank where it is absent, as in what earlier versions stored.
-    #[serde(default, skip_serializing_if = "Layout::is_one_rank")]
+    #[serde(default, skip_serializing_if = "Layout::is_default")]
     pub layout: Layout,
 }
 

@@ -48,21 +48,26 @@ pub fn uniform(key: u64, index: u64) -> f64 {
     bits as f64 / (1u64 << 53) as f64
 }
 
-/// The initial values of the parameter `name`: normal with mean 0, by Box and Muller's transform.
-pub fn normal(seed: u64, name: &str, std: f64, values: &mut [f32]) {
+/// Initial values of the parameter `name`, from its number `first` on: normal with mean 0, by Box and Muller's transform.
+pub fn normal(seed: u64, name: &str, std: f64, first: u64, values: &mut [f32]) {
     let key = key(seed, Stream::Weights, name.as_bytes());
-    for (block, values) in values.chunks_mut(4).enumerate() {
-        let bits = philox(key, [block as u32, (block as u64 >> 32) as u32, 0, 0]);
+    let (mut block, mut skipped) = (first / 4, (first % 4) as usize);
+    let mut rest = values;
+    while !rest.is_empty() {
+        let bits = philox(key, [block as u32, (block >> 32) as u32, 0, 0]);
         // Into (0, 1], whose logarithm is finite.
         let u = bits.map(|bits| (f64::from(bits) + 1.0) / 4_294_967_296.0);
         let pair = |a: f64, b: f64| {
             let (radius, angle) = ((-2.0 * a.ln()).sqrt(), std::f64::consts::TAU * b);
             [radius * angle.cos(), radius * angle.sin()]
         };
-        let [first, second] = [pair(u[0], u[1]), pair(u[2], u[3])];
-        for (value, normal) in values.iter_mut().zip([first[0], first[1], second[0], second[1]]) {
+        let [pair_one, pair_two] = [pair(u[0], u[1]), pair(u[2], u[3])];
+        let normals = [pair_one[0], pair_one[1], pair_two[0], pair_two[1]];
+        let (values, behind) = rest.split_at_mut((4 - skipped).min(rest.len()));
+        for (value, normal) in values.iter_mut().zip(&normals[skipped..]) {
             *value = (normal * std) as f32;
         }
+        (rest, block, skipped) = (behind, block + 1, 0);
     }
 }
 
@@ -141,16 +146,18 @@ mod tests {
     #[test]
     fn normals_have_their_moments_and_depend_on_the_name() {
         let mut values = vec![0f32; 40_001];
-        normal(1, "a", 0.02, &mut values);
+        normal(1, "a", 0.02, 0, &mut values);
         let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / values.len() as f64;
         let variance = values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / values.len() as f64;
         assert!(mean.abs() < 0.0005, "mean {mean}");
         assert!((variance.sqrt() - 0.02).abs() < 0.0005, "deviation {}", variance.sqrt());
-        let mut prefix = vec![0f32; 10];
-        normal(1, "a", 0.02, &mut prefix);
-        assert_eq!(prefix, values[..10]);
+        for first in 0..9 {
+            let mut part = vec![0f32; 10];
+            normal(1, "a", 0.02, first, &mut part);
+            assert_eq!(part, values[first as usize..][..10]);
+        }
         let mut other = vec![0f32; 10];
-        normal(1, "b", 0.02, &mut other);
-        assert_ne!(prefix, other);
+        normal(1, "b", 0.02, 0, &mut other);
+        assert_ne!(values[..10], other);
     }
 }

@@ -92,12 +92,20 @@ unsafe extern "C" {
     fn lathe_gradient_norm(parameters: Tensors, count: i64) -> *mut C_tensor;
     fn lathe_zero_gradients(parameters: Tensors, count: i64) -> c_int;
     fn lathe_set_gradient(parameter: *const C_tensor, gradient: *const C_tensor) -> c_int;
+    fn lathe_resize_storage(tensor: *const C_tensor, bytes: i64) -> c_int;
     fn lathe_on_gradient(
         parameter: *const C_tensor,
-        body: extern "C" fn(*mut c_void) -> c_int,
+        body: extern "C" fn(*mut c_void, *const C_tensor) -> c_int,
         free: extern "C" fn(*mut c_void),
         data: *mut c_void,
     ) -> c_int;
+    fn lathe_with_backward(
+        input: *const C_tensor,
+        output: *const C_tensor,
+        body: extern "C" fn(*mut c_void, *const C_tensor) -> *mut C_tensor,
+        free: extern "C" fn(*mut c_void),
+        data: *mut c_void,
+    ) -> *mut C_tensor;
     fn lathe_adamw(
         parameters: Tensors,
         averages: Tensors,
@@ -111,6 +119,7 @@ unsafe extern "C" {
     fn lathe_dropout_mask(
         sequences: *const u64,
         rows: i64,
+        first: i64,
         positions: i64,
         width: i64,
         options: *const DropoutOptions,
@@ -291,15 +300,24 @@ pub fn set_gradient(parameter: &Tensor, gradient: &Tensor) -> Result<(), TensorE
     check(unsafe { lathe_set_gradient(parameter.as_ptr(), gradient.as_ptr()) })
 }
 
-type GradientHook = Box<dyn FnMut() -> bool + Send>;
+/// Gives the memory behind a tensor back where `bytes` is 0, and new memory to it otherwise, for all views that share it. Without
+/// memory nobody may look at its numbers.
+pub fn resize_storage(tensor: &Tensor, bytes: usize) -> Result<(), TensorError> {
+    // SAFETY: a borrowed tensor, of whose memory nobody holds a pointer between calls.
+    check(unsafe { lathe_resize_storage(tensor.as_ptr(), bytes as i64) })
+}
 
-/// Calls `body` whenever a backward pass has added its part to the parameter's gradient, on the thread that computes it; `false`, or a
-/// panic, fails the pass. A parameter has one such function, the newest.
-pub fn on_gradient(parameter: &Tensor, body: impl FnMut() -> bool + Send + 'static) -> Result<(), TensorError> {
-    extern "C" fn call(data: *mut c_void) -> c_int {
+type GradientHook = Box<dyn FnMut(&Tensor) -> bool + Send>;
+
+/// Calls `body` with the parameter whenever a backward pass has added its part to its gradient, on the thread that computes it;
+/// `false`, or a panic, fails the pass. A parameter has one such function, the newest.
+pub fn on_gradient(parameter: &Tensor, body: impl FnMut(&Tensor) -> bool + Send + 'static) -> Result<(), TensorError> {
+    extern "C" fn call(data: *mut c_void, parameter: *const C_tensor) -> c_int {
         // SAFETY: made below and alive until `free`; a parameter's gradient is computed by one thread at a time.
         let body = unsafe { &mut *data.cast::<GradientHook>() };
-        c_int::from(catch_unwind(AssertUnwindSafe(body)).unwrap_or(false))
+        // SAFETY: a borrowed tensor, of which this is a reference of its own.
+        let parameter = unsafe { Tensor::clone_from_ptr(parameter.cast_mut()) };
+        c_int::from(catch_unwind(AssertUnwindSafe(|| body(&parameter))).unwrap_or(false))
     }
 
     extern "C" fn free(data: *mut c_void) {
@@ -310,6 +328,35 @@ pub fn on_gradient(parameter: &Tensor, body: impl FnMut() -> bool + Send + 'stat
     let body: GradientHook = Box::new(body);
     // SAFETY: a borrowed tensor; the shim owns the function from here on, and frees it.
     check(unsafe { lathe_on_gradient(parameter.as_ptr(), call, free, Box::into_raw(Box::new(body)).cast()) })
+}
+
+type BackwardStep = Box<dyn FnMut(Tensor) -> Option<Tensor> + Send>;
+
+/// `output`, which was computed from `input` without gradients, as a step of the backward pass: `body` makes the input's
+/// gradient of the output's, on the thread that computes it. `None`, or a panic, fails the pass.
+pub fn with_backward(
+    input: &Tensor,
+    output: Tensor,
+    body: impl FnMut(Tensor) -> Option<Tensor> + Send + 'static,
+) -> Result<Tensor, TensorError> {
+    extern "C" fn call(data: *mut c_void, gradient: *const C_tensor) -> *mut C_tensor {
+        // SAFETY: made below and alive until `free`; a step is computed by one thread at a time.
+        let body = unsafe { &mut *data.cast::<BackwardStep>() };
+        // SAFETY: a borrowed tensor, of which this is a reference of its own.
+        let gradient = unsafe { Tensor::clone_from_ptr(gradient.cast_mut()) };
+        let made = catch_unwind(AssertUnwindSafe(|| body(gradient))).ok().flatten();
+        // The shim takes over the reference.
+        made.map_or(ptr::null_mut(), |tensor| std::mem::ManuallyDrop::new(tensor).as_mut_ptr())
+    }
+
+    extern "C" fn free(data: *mut c_void) {
+        // SAFETY: made below; called once.
+        drop(unsafe { Box::from_raw(data.cast::<BackwardStep>()) });
+    }
+
+    let body: BackwardStep = Box::new(body);
+    // SAFETY: borrowed tensors; the shim owns the function from here on, and frees it.
+    owned(unsafe { lathe_with_backward(input.as_ptr(), output.as_ptr(), call, free, Box::into_raw(Box::new(body)).cast()) })
 }
 
 /// Equally long lists: entry i of each belongs to parameter i.
@@ -368,8 +415,13 @@ pub struct DropoutPlace {
     pub probability: f64,
 }
 
-/// A mask `(sequences, positions, width)`, fp32 on the CPU, of zeros and 1/(1−p).
-pub fn dropout_mask(sequences: &[u64], positions: i64, width: i64, place: DropoutPlace) -> Result<Tensor, TensorError> {
+/// A mask `(sequences, positions, width)`, fp32 on the CPU, of zeros and 1/(1−p), for these positions.
+pub fn dropout_mask(
+    sequences: &[u64],
+    positions: std::ops::Range<i64>,
+    width: i64,
+    place: DropoutPlace,
+) -> Result<Tensor, TensorError> {
     let options = DropoutOptions {
         seed: place.seed,
         step: place.step,
@@ -377,6 +429,7 @@ pub fn dropout_mask(sequences: &[u64], positions: i64, width: i64, place: Dropou
         site: place.site,
         probability: place.probability,
     };
+    let (rows, first, count) = (sequences.len() as i64, positions.start, positions.end - positions.start);
     // SAFETY: `rows` indices are read during the call.
-    owned(unsafe { lathe_dropout_mask(sequences.as_ptr(), sequences.len() as i64, positions, width, ptr::from_ref(&options)) })
+    owned(unsafe { lathe_dropout_mask(sequences.as_ptr(), rows, first, count, width, ptr::from_ref(&options)) })
 }

@@ -52,7 +52,7 @@ pub fn endless(context: usize) -> Handmade {
     let eos = model.tokenizer().roles().eos as usize;
     for (name, shape, values) in &mut model.tensors {
         if shape.len() == 2 {
-            random::normal(5, name, 0.24, values);
+            random::normal(5, name, 0.24, 0, values);
         }
         match name.as_str() {
             // The last channel is always one, and speaks against the end.

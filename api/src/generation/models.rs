@@ -61,7 +61,7 @@ pub async fn ready_model(state: &AppState, project_id: &str, id: &str) -> Result
         None => ApiError::internal(format!("the artifact {artifact} is missing from {}", state.artifacts.described())),
     };
     // The tokenizer may be in memory still when the folder is gone.
-    if state.artifacts.is_missing_here(&format!("{artifact}/weights.safetensors")).await {
+    if state.artifacts.is_missing_here(&format!("{artifact}/config.json")).await {
         return Err(gone());
     }
     let tokenizer = state.tokenizers.load(&state.artifacts, &artifact).await?.ok_or_else(gone)?;

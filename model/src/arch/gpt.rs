@@ -6,6 +6,8 @@
 //! what each block adds to the stream. Weights start at deviation 0.02, the projections into the
 //! stream at 0.02/√(2·layers).
 
+use std::collections::BTreeMap;
+
 use tch::Tensor;
 
 use crate::{
@@ -36,22 +38,23 @@ impl Block {
         }
     }
 
-    fn forward(&self, layer: usize, x_btc: &Tensor, angles: Option<&Angles>, pass: &mut Pass) -> Tensor {
-        let attended = self.attention.forward(layer, &self.attention_norm.forward(x_btc), angles, pass.plan);
+    fn forward(&self, layer: usize, x_btc: &Tensor, pass: &mut Pass) -> Tensor {
+        let attended = self.attention.forward(layer, &self.attention_norm.forward(x_btc), pass.angles.as_ref(), pass.plan);
         let x_btc = x_btc + pass.dropped(attended, layer, Site::Attention);
         let fed = self.mlp.forward(&self.mlp_norm.forward(&x_btc));
         &x_btc + pass.dropped(fed, layer, Site::Mlp)
     }
 }
 
+/// Of a part of the model, what is not in it is `None`.
 #[derive(Debug)]
 pub struct Gpt {
-    tokens: Embedding,
+    tokens: Option<Embedding>,
     positions: Option<Embedding>,
     rotary: Option<Rotary>,
-    blocks: Vec<Block>,
-    norm: NormLayer,
-    /// `None`: the token embedding is the output projection too.
+    blocks: BTreeMap<i64, Block>,
+    norm: Option<NormLayer>,
+    /// The output projection, where it is not the token embedding.
     head: Option<Embedding>,
     /// The output projection once it is laid out for use alone.
     packed_head: Option<Packed>,
@@ -59,50 +62,66 @@ pub struct Gpt {
 
 impl Gpt {
     pub fn new(config: &ModelConfig, parameters: &mut Parameters) -> Gpt {
-        let (rows, padded) = (config.vocabulary, config.padded_vocabulary());
-        let table = |parameters: &mut Parameters, name, rows, padded| {
-            Embedding::new(parameters, name, rows, padded, config.width, INITIAL_STD)
+        let stage = parameters.stage(config.layers);
+        let table = |parameters: &mut Parameters, name| {
+            Embedding::of_vocabulary(parameters, name, config.vocabulary, config.width, INITIAL_STD)
         };
-        let tokens = table(parameters, "embedding", rows, padded);
+        let is_tied_output = stage.is_last && config.tie_embeddings;
+        let tokens = (stage.is_first || is_tied_output).then(|| table(parameters, "embedding"));
+        if config.tie_embeddings && tokens.is_some() {
+            parameters.tie();
+        }
         let learned = config.positions == Positions::Learned;
-        let positions = learned.then(|| table(parameters, "positions", config.context, config.context));
+        let positions = (learned && stage.is_first)
+            .then(|| Embedding::of_positions(parameters, "positions", config.context, config.width, INITIAL_STD));
         let rotary = (!learned).then(|| Rotary::new(config.context, config.head_dim, config.rope_theta, parameters.device()));
-        let blocks = (0..config.layers).map(|layer| Block::new(parameters, layer, config)).collect();
-        let norm = NormLayer::new(parameters, "norm", config);
-        let head = (!config.tie_embeddings).then(|| table(parameters, "head", rows, padded));
+        let blocks = stage.layers.map(|layer| (layer, Block::new(parameters, layer, config))).collect();
+        let norm = stage.is_last.then(|| NormLayer::new(parameters, "norm", config));
+        let head = (stage.is_last && !config.tie_embeddings).then(|| table(parameters, "head"));
         Gpt { tokens, positions, rotary, blocks, norm, head, packed_head: None }
     }
 
     pub fn pack(&mut self) {
-        for block in &mut self.blocks {
+        for block in self.blocks.values_mut() {
             block.attention.pack();
             block.mlp.pack();
         }
-        self.packed_head = Packed::new(&self.head.as_ref().unwrap_or(&self.tokens).unpadded());
+        self.packed_head = self.output().and_then(|table| Packed::new(&table.unpadded()));
         if self.packed_head.is_some() {
             self.head = None;
         }
     }
 
-    pub fn hidden(&self, tokens_bt: &Tensor, positions_bt: &Tensor, pass: &mut Pass) -> Tensor {
-        let mut x_btc = self.tokens.forward(tokens_bt);
+    fn output(&self) -> Option<&Embedding> {
+        self.head.as_ref().or(self.tokens.as_ref())
+    }
+
+    pub fn embed(&self, tokens_bt: &Tensor, positions_bt: &Tensor, pass: &Pass) -> Tensor {
+        let mut x_btc = self.tokens.as_ref().expect("the first stage has the embedding").forward(tokens_bt);
         if let Some(table) = &self.positions {
             x_btc = x_btc + table.forward(positions_bt);
         }
-        let angles = self.rotary.as_ref().map(|rotary| rotary.angles(positions_bt));
-        x_btc = pass.dropped(x_btc, 0, Site::Embedding);
-        for (layer, block) in self.blocks.iter().enumerate() {
-            x_btc = block.forward(layer, &x_btc, angles.as_ref(), pass);
-        }
-        self.norm.forward(&x_btc)
+        pass.dropped(x_btc, 0, Site::Embedding)
+    }
+
+    pub fn angles(&self, positions_bt: &Tensor) -> Option<Angles> {
+        self.rotary.as_ref().map(|rotary| rotary.angles(positions_bt))
+    }
+
+    pub fn layer(&self, layer: i64, x_btc: &Tensor, pass: &mut Pass) -> Tensor {
+        self.blocks[&layer].forward(layer as usize, x_btc, pass)
+    }
+
+    pub fn finish(&self, x_btc: &Tensor) -> Tensor {
+        self.norm.as_ref().expect("the last stage has the norm").forward(x_btc)
     }
 
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        if let Some(packed) = &self.packed_head {
-            return packed.product(hidden, None, false);
+        match (&self.packed_head, self.output()) {
+            (Some(packed), _) => packed.product(hidden, None, false),
+            (None, Some(table)) => hidden.linear(&table.unpadded(), None::<&Tensor>),
+            (None, None) => panic!("only the last stage has logits"),
         }
-        let table = self.head.as_ref().unwrap_or(&self.tokens);
-        hidden.linear(&table.unpadded(), None::<&Tensor>)
     }
 
     pub fn parameter_count(config: &ModelConfig) -> u64 {

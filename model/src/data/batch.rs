@@ -109,9 +109,10 @@ impl Chosen {
 }
 
 impl Batch {
-    /// One row an example, cut to the longest one.
-    pub fn of(examples: &[Example], device: Device) -> Batch {
-        let length = examples.iter().map(|example| example.tokens.len()).max().unwrap_or(0);
+    /// One row an example, cut to the longest one or the next multiple of `multiple`.
+    pub fn of(examples: &[Example], multiple: usize, device: Device) -> Batch {
+        let longest = examples.iter().map(|example| example.tokens.len()).max().unwrap_or(0);
+        let length = longest.next_multiple_of(multiple);
         let mut tokens = vec![0i64; examples.len() * length];
         let mut positions = vec![0i64; examples.len() * length];
         let (mut supervised, mut targets) = (Vec::new(), Vec::new());

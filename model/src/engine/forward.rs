@@ -113,7 +113,7 @@ impl Forward {
         let mut plan = AttentionPlan::over_cache(&self.cache, &pass.placement);
         let [tokens_bt, positions_bt] =
             [&pass.tokens, &pass.positions].map(|ids| Tensor::from_slice(ids).to_device(self.device).unsqueeze(0));
-        let hidden_tc = self.model.hidden(&tokens_bt, &positions_bt, &mut Pass { plan: &mut plan, dropout: None }).squeeze_dim(0);
+        let hidden_tc = self.model.hidden(&tokens_bt, &positions_bt, &mut Pass::plain(&mut plan)).squeeze_dim(0);
         if pass.wanted.is_empty() {
             return Logits { values: Vec::new(), vocabulary: 0 };
         }

@@ -260,7 +260,7 @@ fn a_broken_sequence_harms_no_other() {
     let poison: u32 = 50;
     {
         let _no_grad = tch::no_grad_guard();
-        let embedding = &parameters.parts().find(|(part, _)| part.name == "embedding.weight").unwrap().1.tensor;
+        let embedding = &parameters.pieces().find(|(piece, _)| piece.name == "embedding.weight").unwrap().1.tensor;
         let _ = embedding.get(i64::from(poison)).fill_(f64::NAN);
     }
     let never = (0..VOCABULARY as u32).filter(|&id| id == poison).collect();

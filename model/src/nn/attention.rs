@@ -76,6 +76,7 @@ pub(super) fn causal(q_bhtd: &Tensor, k_bgtd: &Tensor, v_bgtd: &Tensor) -> Tenso
 /// Multi-head attention with grouped key/value heads (Ainslie et al., arXiv 2305.13245).
 #[derive(Debug)]
 pub struct Attention {
+    /// Of this rank, where several share them.
     heads: i64,
     kv_heads: i64,
     head_dim: i64,
@@ -88,12 +89,14 @@ impl Attention {
         let (query, shared) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let names = ["q", "k", "v"].map(|leaf| format!("{name}.{leaf}"));
         let outputs = [(names[0].as_str(), query), (names[1].as_str(), shared), (names[2].as_str(), shared)];
+        let output = format!("{name}.output");
+        let ranks = parameters.axis().size();
         Attention {
-            heads: config.heads,
-            kv_heads: config.kv_heads,
+            heads: config.heads / ranks,
+            kv_heads: config.kv_heads / ranks,
             head_dim: config.head_dim,
-            qkv: Linear::fused(parameters, &outputs, config.width, config.bias, std),
-            output: Linear::new(parameters, &format!("{name}.output"), query, config.width, config.bias, residual_std),
+            qkv: Linear::by_outputs(parameters, &outputs, config.width, config.bias, std),
+            output: Linear::by_inputs(parameters, &output, query, config.width, config.bias, residual_std),
         }
     }
 
@@ -105,9 +108,10 @@ impl Attention {
 
     /// `(b, t, width)` to the same. `angles` turns queries and keys where positions are rotary.
     pub fn forward(&self, layer: usize, x_btc: &Tensor, angles: Option<&Angles>, plan: &mut AttentionPlan) -> Tensor {
-        let (b, t, _) = x_btc.size3().expect("attention acts on (b, t, width)");
         let (query, shared) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let qkv = self.qkv.forward(x_btc).split_with_sizes([query, shared, shared], -1);
+        let qkv_btc = self.qkv.forward(x_btc);
+        let (b, t, _) = qkv_btc.size3().expect("attention acts on (b, t, width)");
+        let qkv = qkv_btc.split_with_sizes([query, shared, shared], -1);
         let heads = |x: &Tensor, heads: i64| x.view([b, t, heads, self.head_dim]);
         let turn = |x_bthd: Tensor| angles.map_or_else(|| x_bthd.shallow_clone(), |angles| angles.rotate(&x_bthd));
         let q_bhtd = turn(heads(&qkv[0], self.heads)).transpose(1, 2);

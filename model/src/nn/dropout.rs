@@ -32,6 +32,8 @@ pub struct Dropout {
     pub step: u64,
     /// The global index of every row of the batch.
     pub sequences: Vec<u64>,
+    /// Which part of the positions a rank has, of as many in each.
+    pub part: i64,
 }
 
 impl Dropout {
@@ -44,7 +46,8 @@ impl Dropout {
             site: site as u32,
             probability: self.probability,
         };
-        let mask = shim::dropout_mask(&self.sequences, positions, width, place).expect("a dropout mask");
+        let first = self.part * positions;
+        let mask = shim::dropout_mask(&self.sequences, first..first + positions, width, place).expect("a dropout mask");
         x_btc * upload(mask, x_btc.device()).to_kind(x_btc.kind())
     }
 }

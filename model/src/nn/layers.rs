@@ -2,14 +2,20 @@
 
 use tch::Tensor;
 
-use super::{Init, Packed, Parameters};
-use crate::config::{Activation, ModelConfig, Norm};
+use super::{Cut, Init, Packed, Parameters};
+use crate::{
+    config::{Activation, ModelConfig, Norm},
+    parallel::TensorAxis,
+};
 
 /// `x W^T + b`.
 #[derive(Debug)]
 pub struct Linear {
     weight: Weight,
     bias: Option<Tensor>,
+    /// How the weight is shared by ranks, where it is.
+    cut: Cut,
+    axis: TensorAxis,
 }
 
 /// (outputs, inputs)
@@ -21,22 +27,32 @@ enum Weight {
 }
 
 impl Linear {
-    /// Named `{name}.weight` and, if `bias`, `{name}.bias`.
-    pub fn new(parameters: &mut Parameters, name: &str, inputs: i64, outputs: i64, bias: bool, std: f64) -> Linear {
-        Linear::fused(parameters, &[(name, outputs)], inputs, bias, std)
+    /// Several maps of one input as one product, whose outputs ranks share. Each keeps its own names, `{name}.weight` and, if
+    /// `bias`, `{name}.bias`.
+    pub fn by_outputs(parameters: &mut Parameters, outputs: &[(&str, i64)], inputs: i64, bias: bool, std: f64) -> Linear {
+        let named = |leaf: &str| outputs.iter().map(|(name, rows)| (format!("{name}.{leaf}"), *rows)).collect::<Vec<_>>();
+        let weight = parameters.add_cut(&named("weight"), &[inputs], Cut::Rows, Init::Normal(std));
+        let bias = bias.then(|| parameters.add_cut(&named("bias"), &[], Cut::Rows, Init::Zeros));
+        Linear { weight: Weight::Plain(weight), bias, cut: Cut::Rows, axis: parameters.axis().clone() }
     }
 
-    /// Several maps of one input as one product; each keeps its own names.
-    pub fn fused(parameters: &mut Parameters, outputs: &[(&str, i64)], inputs: i64, bias: bool, std: f64) -> Linear {
-        let named = |leaf: &str| outputs.iter().map(|(name, rows)| (format!("{name}.{leaf}"), *rows)).collect::<Vec<_>>();
-        let weight = parameters.add_parts(&named("weight"), &[inputs], 0, Init::Normal(std));
-        let bias = bias.then(|| parameters.add_parts(&named("bias"), &[], 0, Init::Zeros));
-        Linear { weight: Weight::Plain(weight), bias }
+    /// A map whose inputs ranks share, as the product before it leaves them.
+    pub fn by_inputs(parameters: &mut Parameters, name: &str, inputs: i64, outputs: i64, bias: bool, std: f64) -> Linear {
+        let weight = [(format!("{name}.weight"), outputs)];
+        let weight = parameters.add_cut(&weight, &[inputs], Cut::Columns, Init::Normal(std));
+        let bias = bias.then(|| parameters.add(format!("{name}.bias"), &[outputs], Init::Zeros));
+        Linear { weight: Weight::Plain(weight), bias, cut: Cut::Columns, axis: parameters.axis().clone() }
     }
 
     pub fn forward(&self, x: &Tensor) -> Tensor {
         match &self.weight {
-            Weight::Plain(weight) => x.linear(weight, self.bias.as_ref()),
+            Weight::Plain(weight) if self.axis.is_alone() => x.linear(weight, self.bias.as_ref()),
+            Weight::Plain(weight) if self.cut == Cut::Rows => self.axis.enter(x).linear(weight, self.bias.as_ref()),
+            Weight::Plain(weight) => {
+                let y = self.axis.leave(x.linear(weight, None::<&Tensor>));
+                // What all have is added once.
+                self.bias.as_ref().map_or_else(|| y.shallow_clone(), |bias| &y + bias)
+            }
             Weight::Packed(packed) => packed.product(x, self.bias.as_ref(), false),
         }
     }
@@ -44,7 +60,7 @@ impl Linear {
     /// The GELU (tanh) of [`Linear::forward`].
     pub fn forward_gelu(&self, x: &Tensor) -> Tensor {
         match &self.weight {
-            Weight::Plain(weight) => x.linear(weight, self.bias.as_ref()).gelu("tanh"),
+            Weight::Plain(_) => self.forward(x).gelu("tanh"),
             Weight::Packed(packed) => packed.product(x, self.bias.as_ref(), true),
         }
     }
@@ -59,22 +75,47 @@ impl Linear {
     }
 }
 
-/// A table of rows, padded in memory to `padded_rows`.
+/// A table of rows.
 #[derive(Debug)]
 pub struct Embedding {
-    /// (padded rows, width)
-    pub weight: Tensor,
+    /// (rows in memory, width)
+    weight: Tensor,
+    /// The first row that is here.
+    first: i64,
+    /// Rows that are no padding.
     rows: i64,
+    cut: Cut,
+    axis: TensorAxis,
 }
 
 impl Embedding {
-    pub fn new(parameters: &mut Parameters, name: &str, rows: i64, padded_rows: i64, width: i64, std: f64) -> Embedding {
-        let names = [(format!("{name}.weight"), rows)];
-        Embedding { weight: parameters.add_parts(&names, &[width], padded_rows - rows, Init::Normal(std)), rows }
+    /// Of every token, shared by ranks and padded in memory.
+    pub fn of_vocabulary(parameters: &mut Parameters, name: &str, rows: i64, width: i64, std: f64) -> Embedding {
+        Embedding::new(parameters, name, [rows, width], Cut::Vocabulary, std)
     }
 
-    pub fn forward(&self, indices: &Tensor) -> Tensor {
-        Tensor::embedding(&self.weight, indices, -1, false, false)
+    /// Of every position.
+    pub fn of_positions(parameters: &mut Parameters, name: &str, rows: i64, width: i64, std: f64) -> Embedding {
+        Embedding::new(parameters, name, [rows, width], Cut::Whole, std)
+    }
+
+    fn new(parameters: &mut Parameters, name: &str, [rows, width]: [i64; 2], cut: Cut, std: f64) -> Embedding {
+        let weight = parameters.add_cut(&[(format!("{name}.weight"), rows)], &[width], cut, Init::Normal(std));
+        let axis = parameters.axis().clone();
+        let own = if cut == Cut::Vocabulary { axis.vocabulary(rows).0 } else { 0..rows };
+        Embedding { weight, first: own.start, rows: own.end - own.start, cut, axis }
+    }
+
+    /// The rows of `(b, t)` indices as `(b, t, width)`.
+    pub fn forward(&self, indices_bt: &Tensor) -> Tensor {
+        let look_up = |indices: &Tensor| Tensor::embedding(&self.weight, indices, -1, false, false);
+        if self.cut == Cut::Whole || self.axis.is_alone() {
+            return look_up(&self.axis.own_positions(indices_bt));
+        }
+        let places_bt = indices_bt - self.first;
+        let elsewhere_bt = places_bt.lt(0).logical_or(&places_bt.ge(self.rows));
+        let here_btc = look_up(&places_bt.masked_fill(&elsewhere_bt, 0));
+        self.axis.leave(here_btc.masked_fill(&elsewhere_bt.unsqueeze(-1), 0.0))
     }
 
     /// The rows that are not padding. As an output projection this gives padded rows no logit at all,
@@ -122,15 +163,15 @@ pub struct Mlp {
 impl Mlp {
     /// `residual_std` is the deviation of the projection that writes into the residual stream.
     pub fn new(parameters: &mut Parameters, name: &str, config: &ModelConfig, std: f64, residual_std: f64) -> Mlp {
-        let (gate, up) = (format!("{name}.gate"), format!("{name}.up"));
+        let [gate, up, down] = ["gate", "up", "down"].map(|leaf| format!("{name}.{leaf}"));
         let outputs: &[(&str, i64)] = match config.activation {
             Activation::Gelu => &[(&up, config.mlp_width)],
             Activation::Swiglu => &[(&gate, config.mlp_width), (&up, config.mlp_width)],
         };
         Mlp {
             activation: config.activation,
-            up: Linear::fused(parameters, outputs, config.width, config.bias, std),
-            down: Linear::new(parameters, &format!("{name}.down"), config.mlp_width, config.width, config.bias, residual_std),
+            up: Linear::by_outputs(parameters, outputs, config.width, config.bias, std),
+            down: Linear::by_inputs(parameters, &down, config.mlp_width, config.width, config.bias, residual_std),
         }
     }
 

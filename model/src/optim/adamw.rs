@@ -5,16 +5,19 @@
 
 use tch::{Kind, Tensor};
 
+use super::Slice;
 use crate::{
+    checkpoint::Held,
     config::Optimizer,
-    nn::{Parameter, Parameters},
+    nn::{Piece, Twin},
     shim::{self, AdamwStep, AdamwTensors, TensorError},
 };
 
-/// Tensors that decay alike; entry i of each list belongs to parameter i.
+/// Slices that decay alike; entry i of each list belongs to slice i.
 #[derive(Debug)]
 struct Group {
-    parameters: Vec<Tensor>,
+    slices: Vec<Slice>,
+    numbers: Vec<Tensor>,
     averages: Vec<Tensor>,
     squares: Vec<Tensor>,
     steps: Vec<Tensor>,
@@ -31,32 +34,56 @@ pub struct Adamw {
 }
 
 impl Adamw {
-    pub fn new(parameters: &Parameters, options: &Optimizer) -> Adamw {
+    pub fn new(slices: Vec<Slice>, options: &Optimizer) -> Adamw {
         let Optimizer::Adamw { betas, eps, weight_decay } = *options;
-        let group = |matrices: bool, weight_decay: f64| {
-            let members: Vec<&Parameter> = parameters.entries().iter().filter(|entry| entry.is_matrix() == matrices).collect();
-            let zeros = || members.iter().map(|entry| entry.tensor.detach().zeros_like()).collect::<Vec<_>>();
+        let all = slices.iter().map(|slice| slice.tensor.shallow_clone()).collect();
+        let (decaying, others) = slices.into_iter().partition(|slice| slice.decays);
+        let group = |slices: Vec<Slice>, weight_decay: f64| {
+            let zeros = || slices.iter().map(|slice| slice.tensor.detach().zeros_like()).collect::<Vec<_>>();
             Group {
-                parameters: members.iter().map(|entry| entry.tensor.shallow_clone()).collect(),
+                numbers: slices.iter().map(|slice| slice.tensor.shallow_clone()).collect(),
                 averages: zeros(),
                 squares: zeros(),
-                steps: members.iter().map(|entry| Tensor::zeros([], (Kind::Float, entry.tensor.device()))).collect(),
+                steps: slices.iter().map(|slice| Tensor::zeros([], (Kind::Float, slice.tensor.device()))).collect(),
                 weight_decay,
+                slices,
             }
         };
-        let all = parameters.entries().iter().map(|entry| entry.tensor.shallow_clone()).collect();
-        Adamw { groups: [group(true, weight_decay), group(false, 0.0)], all, betas, eps }
+        Adamw { groups: [group(decaying, weight_decay), group(others, 0.0)], all, betas, eps }
     }
 
-    /// One step with gradients clipped to a global norm of `clip`, then frees the gradients. Returns
-    /// the norm before clipping, on the device. If it is not finite, nothing changes.
-    pub fn step(&mut self, learning_rate: f64, clip: f64) -> Result<Tensor, TensorError> {
-        let norm = shim::gradient_norm(&self.all)?;
+    /// The norm over all gradients, on the device.
+    pub fn gradient_norm(&self) -> Result<Tensor, TensorError> {
+        shim::gradient_norm(&self.all)
+    }
+
+    /// The same over parameters that are cut, or that are not; of twins the original counts.
+    pub fn gradient_norm_of(&self, cut: bool) -> Result<Tensor, TensorError> {
+        let tensors = self.tensors_of(|slice| slice.cut == cut && slice.twin != Some(Twin::Copy));
+        match tensors.is_empty() {
+            true => Ok(Tensor::zeros([], (Kind::Float, self.all[0].device()))),
+            false => shim::gradient_norm(&tensors),
+        }
+    }
+
+    /// What it updates.
+    pub fn slices(&self) -> impl Iterator<Item = &Slice> {
+        self.groups.iter().flat_map(|group| &group.slices)
+    }
+
+    /// The numbers of some of its slices.
+    pub fn tensors_of(&self, of: impl Fn(&Slice) -> bool) -> Vec<Tensor> {
+        self.slices().filter(|slice| of(slice)).map(|slice| slice.tensor.shallow_clone()).collect()
+    }
+
+    /// One step with gradients, whose global norm is `norm`, clipped to one of `clip`, then frees the gradients. If the norm is
+    /// not finite, nothing changes.
+    pub fn step(&mut self, learning_rate: f64, clip: f64, norm: &Tensor) -> Result<(), TensorError> {
         let found_inf = norm.isfinite().logical_not().to_kind(Kind::Float);
-        let grad_scale = (&norm / clip).clamp_min(1.0);
+        let grad_scale = (norm / clip).clamp_min(1.0);
         for group in &self.groups {
             let tensors = AdamwTensors {
-                parameters: &group.parameters,
+                parameters: &group.numbers,
                 averages: &group.averages,
                 squares: &group.squares,
                 steps: &group.steps,
@@ -64,32 +91,34 @@ impl Adamw {
                 found_inf: &found_inf,
             };
             let (betas, eps, weight_decay) = (self.betas, self.eps, group.weight_decay);
-            if !group.parameters.is_empty() {
+            if !group.numbers.is_empty() {
                 shim::adamw(&tensors, AdamwStep { learning_rate, betas, eps, weight_decay })?;
             }
         }
-        self.zero_gradients()?;
-        Ok(norm)
+        self.zero_gradients()
     }
 
     pub fn zero_gradients(&self) -> Result<(), TensorError> {
         shim::zero_gradients(&self.all)
     }
 
-    /// The state as logical tensors: `average.{name}`, `square.{name}` and `step.{name}`.
-    pub fn logical(&self, parameters: &Parameters) -> Vec<(String, Tensor)> {
-        let mut state = Vec::new();
-        for (group, matrices) in self.groups.iter().zip([true, false]) {
-            let members = parameters.entries().iter().filter(|entry| entry.is_matrix() == matrices);
-            for (index, entry) in members.enumerate() {
-                for part in &entry.parts {
-                    state.push((format!("average.{}", part.name), Parameter::view(&group.averages[index], part)));
-                    state.push((format!("square.{}", part.name), Parameter::view(&group.squares[index], part)));
-                    state.push((format!("step.{}", part.name), group.steps[index].shallow_clone()));
+    /// The state by logical tensors: `average.{name}`, `square.{name}` and `step.{name}`.
+    pub fn held(&self) -> Vec<Held> {
+        let mut held = Vec::new();
+        for group in &self.groups {
+            for (index, slice) in group.slices.iter().enumerate() {
+                for piece in &slice.pieces {
+                    let named = |state: &str| format!("{state}.{}", piece.name);
+                    for (state, of) in [("average", &group.averages), ("square", &group.squares)] {
+                        let piece = Piece { name: named(state), ..piece.clone() };
+                        held.push(Held::new(piece, &of[index], slice.cut, slice.twin));
+                    }
+                    let scalar = Piece { name: named("step"), whole: vec![], offset: vec![], shape: vec![], start: 0 };
+                    held.push(Held::new(scalar, &group.steps[index], slice.cut, slice.twin));
                 }
             }
         }
-        state
+        held
     }
 }
 
@@ -98,7 +127,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::nn::Init;
+    use crate::nn::{Init, Parameters};
 
     const OPTIONS: Optimizer = Optimizer::Adamw { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 };
 
@@ -142,7 +171,7 @@ mod tests {
     #[test]
     fn equals_the_paper_with_clipping_and_decays_matrices_only() {
         let (parameters, backward) = model();
-        let mut optimizer = Adamw::new(&parameters, &OPTIONS);
+        let mut optimizer = Adamw::new(Slice::of(&parameters), &OPTIONS);
         let plain = |tensor: &Tensor, decay| {
             let value = values(tensor);
             Plain { average: vec![0.0; value.len()], square: vec![0.0; value.len()], value, decay }
@@ -153,7 +182,9 @@ mod tests {
             backward(scale);
             let gradients: Vec<Vec<f64>> = parameters.entries().iter().map(|entry| values(&entry.tensor.grad())).collect();
             let norm = gradients.iter().flatten().map(|g| g * g).sum::<f64>().sqrt();
-            let reported = optimizer.step(0.01, 0.5).unwrap().double_value(&[]);
+            let total = optimizer.gradient_norm().unwrap();
+            optimizer.step(0.01, 0.5, &total).unwrap();
+            let reported = total.double_value(&[]);
             assert!((reported / norm - 1.0).abs() < 1e-6, "the norm is {norm}, not {reported}");
             for ((plain, gradient), entry) in expected.iter_mut().zip(&gradients).zip(parameters.entries()) {
                 let clipped: Vec<f64> = gradient.iter().map(|g| g * (0.5 / norm).min(1.0)).collect();
@@ -170,12 +201,13 @@ mod tests {
     fn a_step_that_is_not_finite_never_was() {
         let run = |scales: &[f64]| {
             let (parameters, backward) = model();
-            let mut optimizer = Adamw::new(&parameters, &OPTIONS);
+            let mut optimizer = Adamw::new(Slice::of(&parameters), &OPTIONS);
             for &scale in scales {
                 backward(scale);
-                _ = optimizer.step(0.01, 1.0).unwrap();
+                let norm = optimizer.gradient_norm().unwrap();
+                optimizer.step(0.01, 1.0, &norm).unwrap();
             }
-            let state = optimizer.logical(&parameters).into_iter().map(|(name, tensor)| (name, values(&tensor)));
+            let state = optimizer.held().into_iter().map(|held| (held.piece.name, values(&held.tensor)));
             (state.collect::<Vec<_>>(), values(&parameters.entries()[0].tensor), values(&parameters.entries()[1].tensor))
         };
         let clean = run(&[1.0, 0.5]);

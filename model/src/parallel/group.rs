@@ -4,7 +4,13 @@
 //! into the rank's [`Record`], and what fails says which it was. Nothing waits longer than the group's timeout, which
 //! is a last resort: a rank that is gone is an error within a second where its host still answers.
 
-use std::{cell::Cell, sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use tch::Tensor;
 
@@ -23,17 +29,17 @@ pub struct Interrupted {
     pub reason: TensorError,
 }
 
-/// A group is used by one thread.
+/// Members start the same collectives in the same order, so one thread at a time has a group.
 #[derive(Debug)]
 pub struct Group {
-    inner: ProcessGroup,
+    inner: Mutex<ProcessGroup>,
     name: Arc<str>,
     rank: usize,
     size: usize,
     timeout: Duration,
     record: Arc<Record>,
     /// Collectives so far, the same on every member.
-    count: Cell<u64>,
+    count: AtomicU64,
 }
 
 impl Group {
@@ -55,7 +61,8 @@ impl Group {
             ProcessGroup::gloo(store, &name, (rank, size), address, timeout)
         };
         let inner = inner.map_err(|reason| Interrupted { collective: meeting, reason })?;
-        Ok(Group { inner, name, rank, size, timeout, record, count: Cell::new(0) })
+        let (inner, count) = (Mutex::new(inner), AtomicU64::new(0));
+        Ok(Group { inner, name, rank, size, timeout, record, count })
     }
 
     /// This rank's number in the group.
@@ -67,44 +74,48 @@ impl Group {
         self.size
     }
 
+    fn inner(&self) -> MutexGuard<'_, ProcessGroup> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// `tensor` becomes the reduction of all members' tensors.
     pub fn all_reduce(&self, tensor: &Tensor, reduction: Reduction) -> Result<Pending, Interrupted> {
-        self.collective(Operation::AllReduce, bytes(tensor), self.inner.all_reduce(tensor, reduction))
+        self.collective(Operation::AllReduce, bytes(tensor), self.inner().all_reduce(tensor, reduction))
     }
 
     /// `output` becomes this member's part, of as many equal ones as there are members, of the reduction of all inputs.
     pub fn reduce_scatter(&self, output: &Tensor, input: &Tensor, reduction: Reduction) -> Result<Pending, Interrupted> {
-        self.collective(Operation::ReduceScatter, bytes(input), self.inner.reduce_scatter(output, input, reduction))
+        self.collective(Operation::ReduceScatter, bytes(input), self.inner().reduce_scatter(output, input, reduction))
     }
 
     /// `output` becomes all members' inputs, one after the other.
     pub fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<Pending, Interrupted> {
-        self.collective(Operation::AllGather, bytes(input), self.inner.all_gather(output, input))
+        self.collective(Operation::AllGather, bytes(input), self.inner().all_gather(output, input))
     }
 
     /// `tensor` becomes that of the member `root`.
     pub fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Pending, Interrupted> {
-        self.collective(Operation::Broadcast, bytes(tensor), self.inner.broadcast(tensor, root))
+        self.collective(Operation::Broadcast, bytes(tensor), self.inner().broadcast(tensor, root))
     }
 
     /// Waits until every member has come here.
     pub fn barrier(&self) -> Result<(), Interrupted> {
-        self.collective(Operation::Barrier, 0, self.inner.barrier())?.wait()
+        self.collective(Operation::Barrier, 0, self.inner().barrier())?.wait()
     }
 
     /// Sends to the member `to`, which must receive under the same tag.
     pub fn send(&self, tensor: &Tensor, to: usize, tag: u32) -> Result<Pending, Interrupted> {
-        self.pending(Operation::Send(to), tag.into(), bytes(tensor), self.inner.send(tensor, to, tag))
+        self.pending(Operation::Send(to), tag.into(), bytes(tensor), self.inner().send(tensor, to, tag))
     }
 
     /// `tensor` becomes what the member `from` sends under the same tag.
     pub fn receive(&self, tensor: &Tensor, from: usize, tag: u32) -> Result<Pending, Interrupted> {
-        self.pending(Operation::Receive(from), tag.into(), bytes(tensor), self.inner.receive(tensor, from, tag))
+        self.pending(Operation::Receive(from), tag.into(), bytes(tensor), self.inner().receive(tensor, from, tag))
     }
 
     fn collective(&self, operation: Operation, bytes: u64, started: Result<Work, TensorError>) -> Result<Pending, Interrupted> {
-        self.count.set(self.count.get() + 1);
-        self.pending(operation, self.count.get(), bytes, started)
+        let number = self.count.fetch_add(1, Ordering::Relaxed) + 1;
+        self.pending(operation, number, bytes, started)
     }
 
     fn pending(

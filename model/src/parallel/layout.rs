@@ -103,8 +103,8 @@ impl Divided<'_> {
 }
 
 impl Layout {
-    pub fn is_one_rank(&self) -> bool {
-        self.data == 1 && self.tensor == 1 && self.pipeline == 1
+    pub fn is_default(&self) -> bool {
+        *self == Layout::default()
     }
 
     /// Whether `divided` can be cut like this.

@@ -80,9 +80,11 @@ pub struct Mesh {
     pub layout: Layout,
     pub rank: usize,
     pub at: Coordinates,
-    pub data: Option<Group>,
-    pub tensor: Option<Group>,
-    pub pipeline: Option<Group>,
+    pub data: Option<Arc<Group>>,
+    pub tensor: Option<Arc<Group>>,
+    pub pipeline: Option<Arc<Group>>,
+    /// The first stage and the last, which share tied weights.
+    pub ends: Option<Arc<Group>>,
 }
 
 impl Mesh {
@@ -99,18 +101,24 @@ impl Mesh {
         let group = |axis: Axis| {
             let place = (at.along(axis), layout.size(axis));
             let met = || Group::gloo(store, &layout.group_name(axis, at), place, address, timeout, record.clone());
-            (layout.size(axis) > 1).then(met).transpose()
+            Ok((layout.size(axis) > 1).then(met).transpose()?.map(Arc::new))
         };
         let (data, tensor, pipeline) = (group(Axis::Data)?, group(Axis::Tensor)?, group(Axis::Pipeline)?);
-        Ok(Mesh { layout, rank, at, data, tensor, pipeline })
+        let last = layout.size(Axis::Pipeline) - 1;
+        let mut ends = None;
+        if last > 0 && [0, last].contains(&at.pipeline) {
+            let (name, place) = (format!("ends (data {}, tensor {})", at.data, at.tensor), (usize::from(at.pipeline > 0), 2));
+            ends = Some(Arc::new(Group::gloo(store, &name, place, address, timeout, record.clone())?));
+        }
+        Ok(Mesh { layout, rank, at, data, tensor, pipeline, ends })
     }
 
     /// `None` where this rank is alone on the axis.
     pub fn group(&self, axis: Axis) -> Option<&Group> {
         match axis {
-            Axis::Data => self.data.as_ref(),
-            Axis::Tensor => self.tensor.as_ref(),
-            Axis::Pipeline => self.pipeline.as_ref(),
+            Axis::Data => self.data.as_deref(),
+            Axis::Tensor => self.tensor.as_deref(),
+            Axis::Pipeline => self.pipeline.as_deref(),
         }
     }
 }

@@ -89,6 +89,22 @@ impl Pipeline {
         Some((from % self.stages, Action { chunk: from / self.stages, ..action }))
     }
 
+    /// The stage that needs what `action` on `stage` makes; `None` at the ends of the model.
+    pub fn goes_to(&self, stage: usize, action: Action) -> Option<usize> {
+        let part = action.chunk * self.stages + stage;
+        let to = match action.pass {
+            Direction::Forward => Some(part + 1).filter(|&part| part < self.stages * self.chunks),
+            Direction::Backward => part.checked_sub(1),
+        };
+        to.map(|part| part % self.stages)
+    }
+
+    /// Micro-batches one after the other through all parts of the model, without a backward pass.
+    pub fn forward_only(&self) -> Vec<Action> {
+        let action = |micro, chunk| Action { pass: Direction::Forward, chunk, micro };
+        (0..self.micros).flat_map(|micro| (0..self.chunks).map(move |chunk| action(micro, chunk))).collect()
+    }
+
     /// A step in which each action of each stage takes `seconds`, and what it needs is there at once when it was computed.
     pub fn replay(&self, seconds: impl Fn(usize, Action) -> f64) -> Replay {
         let actions: Vec<Vec<Action>> = (0..self.stages).map(|stage| self.actions(stage)).collect();

@@ -1,7 +1,6 @@
-//! Collectives and gradients between processes, and the pure parts.
+//! Collectives between processes, and the pure parts.
 
 mod collectives;
-mod gradients;
 mod layouts;
 mod schedules;
 
@@ -18,7 +17,7 @@ const LOOPBACK: &str = "127.0.0.1";
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Gangs that the ranks of a test may form, one after the other, each of which wants a store of its own.
-const STORES: usize = 3;
+const STORES: usize = 16;
 
 /// Runs `body` with the addresses of stores and each of the numbers below `ranks`, in a process of its own for each: `test`,
 /// which is the caller's full name, started anew.

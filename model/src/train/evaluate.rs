@@ -10,7 +10,6 @@ use crate::{
     config::Method,
     control::{Control, Reporter},
     data::batch::{Batch, Example},
-    nn::{AttentionPlan, Pass},
     protocol::{Phase, Report},
     pulse, template,
 };
@@ -31,7 +30,9 @@ pub fn validation_loss(run: &Run, control: &Control, report: &mut Reporter) -> R
     let chosen = run.gang.own(evenly_spaced(packing.len(), SEQUENCES));
     let (mut sum, mut tokens) = (Tensor::zeros([], (Kind::Float, run.device)), 0);
     let (begun, mut announced) = (Instant::now(), false);
-    for part in chosen.chunks(run.micro_batch_size() as usize) {
+    // As many at once as there are stages to work on them.
+    let micro = run.micro_batch_size() as usize;
+    for parts in chosen.chunks(micro * run.gang.pipeline(1).stages) {
         if run.stops(control) {
             return Err(Halt::Stopped);
         }
@@ -40,9 +41,13 @@ pub fn validation_loss(run: &Run, control: &Control, report: &mut Reporter) -> R
             report.send(Report::Phase { phase: Phase::Evaluating });
         }
         let example = |&index: &u64| Example::of(shard, packing.sequence(index), index, run.posing());
-        let mut batch = Batch::of(&part.iter().map(example).collect::<Vec<_>>(), run.device);
-        tokens += batch.supervised();
-        sum += run.loss_sum(&mut batch, None)?;
+        let batch =
+            |part: &[u64]| Batch::of(&part.iter().map(example).collect::<Vec<_>>(), run.gang.sequence_multiple(), run.device);
+        let mut micros: Vec<Batch> = parts.chunks(micro).map(batch).collect();
+        if run.gang.stage() == 0 {
+            tokens += micros.iter().map(Batch::supervised).sum::<i64>();
+        }
+        sum += run.loss_sum(&mut micros)?;
     }
     if announced {
         report.send(Report::Phase { phase: Phase::Training });
@@ -59,7 +64,7 @@ fn evenly_spaced(len: u64, most: u64) -> Vec<u64> {
 }
 
 /// The greedy continuation of a prompt, at most 64 tokens.
-pub fn sample(run: &Run, prompt: &str) -> String {
+pub fn sample(run: &Run, prompt: &str) -> Result<String, Halt> {
     let _no_grad = tch::no_grad_guard();
     let tokenizer = &run.tokenizer;
     let mut ids = match run.spec.method {
@@ -73,18 +78,13 @@ pub fn sample(run: &Run, prompt: &str) -> String {
     let asked = ids.len();
     while ids.len() < context && ids.len() < asked + SAMPLE_TOKENS {
         pulse::beat();
-        let tokens: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
-        let tokens_bt = Tensor::from_slice(&tokens).unsqueeze(0).to_device(run.device);
-        let positions_bt = Tensor::arange(ids.len() as i64, (Kind::Int64, run.device)).unsqueeze(0);
-        let mut pass = Pass { plan: &mut AttentionPlan::Causal, dropout: None };
-        let hidden = run.model.hidden(&tokens_bt, &positions_bt, &mut pass);
-        let next = run.model.logits(&hidden.select(1, -1)).argmax(-1, false).int64_value(&[0]) as u32;
+        let next = run.most_likely(&ids)?;
         if next == tokenizer.roles().eos {
             break;
         }
         ids.push(next);
     }
-    tokenizer.decode(&ids[asked.min(ids.len())..])
+    Ok(tokenizer.decode(&ids[asked.min(ids.len())..]))
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ mod prepare;
 mod resolve;
 mod run;
 pub mod state;
+mod step;
 
 use std::time::Instant;
 
@@ -54,7 +55,7 @@ fn take_steps(run: &mut Run, control: &Control, report: &mut Reporter) -> Result
         let agreed = run.gang.agree(control, run.checkpoint_is_due())?;
         let best = run.evaluation_is_due() && evaluate(run, control, report)?;
         if run.samples_are_due() {
-            sample(run, report);
+            sample(run, report)?;
         }
         if best || agreed.save {
             run.save(best, report)?;
@@ -89,13 +90,14 @@ fn evaluate(run: &mut Run, control: &Control, report: &mut Reporter) -> Result<b
     Ok(best)
 }
 
-fn sample(run: &mut Run, report: &mut Reporter) {
+fn sample(run: &mut Run, report: &mut Reporter) -> Result<(), Halt> {
     run.state.sampled = run.state.step;
     for prompt in &run.spec.train.sample_prompts {
-        let text = evaluate::sample(run, prompt);
+        let text = evaluate::sample(run, prompt)?;
         let data = serde_json::json!({ "step": run.state.step, "prompt": prompt, "text": text });
         report.event(Level::Info, "sample", &format!("{prompt} → {text}"), data);
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     arch::Model,
-    checkpoint,
+    checkpoint::{self, Held},
     config::{Method, Precision, Validation},
     control::Reporter,
     data::{
@@ -40,17 +40,21 @@ pub fn prepare(task: &TrainTask, threads: usize, report: &mut Reporter) -> Resul
     let ranks = u64::from(spec.layout.data.max(1));
     resolve::resolve(&mut spec.train, &spec.model, data.train.len(), !data.validation.is_empty(), device, ranks);
     let numerics = numerics(device, threads, spec.train.precision);
-    let mut parameters = Parameters::trainable(device, spec.train.seed);
-    let model = Model::new(&spec.model, &mut parameters);
-    let optimizer = Adamw::new(&parameters, &spec.train.optimizer);
+    let join = |membership| Gang::join(membership, spec.layout, device);
+    let mut gang = task.gang.as_ref().map_or(Ok(Gang::alone()), join)?;
+    let mut parameters = Parameters::trainable(device, spec.train.seed).over(gang.axis());
+    let mut model = Model::of(&spec.model, &mut parameters, gang.stages(&spec.model));
+    let optimizer = Adamw::new(gang.share(&parameters)?, &spec.train.optimizer);
+    model.reside(gang.residence());
+    let weights = gang.weights(&parameters, &optimizer);
     let mut state = TrainState::default();
     let mut numerics_changed = false;
     if let (Some(folder), Some(manifest)) = (&task.resume, resumed) {
-        checkpoint::load(folder, &parameters, &optimizer)?;
+        checkpoint::load(folder, &weights, &optimizer.held())?;
         numerics_changed = manifest.numerics != numerics;
         state = manifest.state;
     } else if let Some(folder) = &task.base_model {
-        begin_from(folder, &parameters, &tokenizer, report)?;
+        begin_from(folder, &weights, &tokenizer, report)?;
     }
     report.send(Report::Started { numerics: numerics.clone(), numerics_changed });
     report.send(Report::Resolved { spec: Box::new(spec.clone()), trained_tokens_per_epoch: data.train.total_supervised() });
@@ -58,12 +62,11 @@ pub fn prepare(task: &TrainTask, threads: usize, report: &mut Reporter) -> Resul
     let folders =
         Folders { tokenizer: task.tokenizer.clone(), staging: task.staging.clone(), disk_low_bytes: task.disk_low_bytes };
     let ledger = Ledger::begin(state.step);
-    let gang = task.gang.as_ref().map_or(Ok(Gang::alone()), |membership| Gang::join(membership, spec.layout, &parameters))?;
     Ok(Run { spec, device, numerics, tokenizer, data, model, parameters, optimizer, state, folders, ledger, gang })
 }
 
 /// Takes over a base model's weights. The tokenizer is the base's own, or one that adds tokens to it.
-fn begin_from(base: &Path, parameters: &Parameters, tokenizer: &Tokenizer, report: &mut Reporter) -> Result<(), Halt> {
+fn begin_from(base: &Path, weights: &[Held], tokenizer: &Tokenizer, report: &mut Reporter) -> Result<(), Halt> {
     let of_base = Tokenizer::load(base).map_err(|error| Halt::Failed(error.into()))?;
     if let Err(reason) = tokenizer.extends(&of_base) {
         let message = format!(
@@ -71,7 +74,7 @@ fn begin_from(base: &Path, parameters: &Parameters, tokenizer: &Tokenizer, repor
         );
         return Err(Failure { param: Some("tokenizer".into()), ..failure::new(FailureCode::InvalidTokenizer, message) }.into());
     }
-    checkpoint::load_base(base, parameters)?;
+    checkpoint::load_base(base, weights)?;
     let (before, after) = (of_base.vocabulary(), tokenizer.vocabulary());
     if after > before {
         let message = format!(

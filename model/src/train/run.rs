@@ -1,4 +1,4 @@
-//! A run in memory, and the parts of the loop: one step, what is read of it later, saving.
+//! A run in memory, and the parts of the loop: what is read of a step later, saving.
 
 use std::{
     collections::VecDeque,
@@ -6,26 +6,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::{gang::Gang, halt::Halt, state::TrainState};
 use crate::{
     arch::Model,
-    checkpoint::{self, Trained},
-    config::{JobSpec, Precision},
+    checkpoint::{self, Held, Share, Trained},
+    config::JobSpec,
     control::{Control, Reporter},
-    data::{
-        batch::{Batch, Example, Order},
-        packing::Packing,
-        shards::Shard,
-    },
+    data::{packing::Packing, shards::Shard},
     failure,
-    nn::{Dropout, Parameters, Pass},
+    nn::Parameters,
     objective::Posing,
-    optim::{Adamw, schedule},
+    optim::Adamw,
     protocol::{Level, MetricRow, Numerics, Report, TaskResult},
-    random::{self, Stream},
-    shim::{self, Autocast},
     tokenizer::Tokenizer,
 };
 
@@ -51,18 +45,18 @@ impl Data {
 }
 
 /// A finished step whose numbers still lie on the device.
-struct Pending {
-    step: u64,
-    loss: Tensor,
-    grad_norm: Tensor,
-    learning_rate: f64,
-    supervised: u64,
+pub struct Pending {
+    pub step: u64,
+    pub loss: Tensor,
+    pub grad_norm: Tensor,
+    pub learning_rate: f64,
+    pub supervised: u64,
     /// Inputs that are no padding.
-    tokens: u64,
-    begun: Instant,
+    pub tokens: u64,
+    pub begun: Instant,
     /// The step itself and the wait for the one before it: no evaluation, no checkpoint. Known once
     /// the loop has come round.
-    took: Option<Duration>,
+    pub took: Option<Duration>,
 }
 
 pub struct Run {
@@ -90,7 +84,7 @@ pub struct Folders {
 /// What this process has done of a run, and told.
 pub struct Ledger {
     /// Oldest first.
-    pending: VecDeque<Pending>,
+    pub pending: VecDeque<Pending>,
     saved: (u64, Instant),
     /// Where this process began.
     begun: (u64, Instant),
@@ -123,70 +117,9 @@ impl Run {
         self.state.step >= self.steps()
     }
 
-    /// The summed fp32 cross-entropy over a batch's supervised targets.
-    pub fn loss_sum(&self, batch: &mut Batch, dropout: Option<&Dropout>) -> Result<Tensor, Halt> {
-        let bf16 = self.spec.train.precision == Some(Precision::Bf16);
-        let autocast = bf16.then(|| Autocast::bf16(self.device)).transpose()?;
-        let mut pass = Pass { plan: &mut batch.plan, dropout };
-        let hidden_btc = self.model.hidden(&batch.tokens_bt, &batch.positions_bt, &mut pass);
-        let width = *hidden_btc.size().last().unwrap_or(&0);
-        let hidden_tc = hidden_btc.view([-1, width]);
-        // Where all positions are supervised there is nothing to choose.
-        let hidden_nc = match &batch.chosen {
-            None => hidden_tc,
-            Some(chosen) => shim::move_rows(&hidden_tc, &chosen.places, &chosen.back, &chosen.unused)?,
-        };
-        let logits_nv = self.model.logits(&hidden_nc).to_kind(Kind::Float);
-        drop(autocast);
-        Ok(logits_nv.cross_entropy_loss(&batch.targets_n, None::<Tensor>, tch::Reduction::Sum, -100, 0.0))
-    }
-
     /// Whether to stop in the middle of something. Ranks stop where they agree on it.
     pub fn stops(&self, control: &Control) -> bool {
         control.is_stopping() && self.gang.is_alone()
-    }
-
-    /// One optimiser step over `batch_size` sequences, this rank's part of them in micro-batches. Nothing here waits for
-    /// the device: the loss and the norm are read by [`Run::observe`] after the next step was begun.
-    pub fn step(&mut self, control: &Control) -> Result<(), Halt> {
-        let begun = Instant::now();
-        let train = &self.spec.train;
-        let (first, step) = (self.state.cursor, self.state.step + 1);
-        let last = first + train.batch_size;
-        let order = Order { shard: &self.data.shard, packing: &self.data.train, posing: self.posing() };
-        let examples: Vec<Example> = order.examples(first..last).collect();
-        let supervised: u64 = examples.iter().map(Example::supervised).sum();
-        let tokens = examples.iter().map(|example| example.tokens.len() as u64).sum();
-        let own = self.gang.part(0..train.batch_size);
-        let parts = examples[own.start as usize..own.end as usize].chunks(self.micro_batch_size() as usize);
-        let mut loss = Tensor::zeros([], (Kind::Float, self.device));
-        self.gang.begin_step()?;
-        for (number, part) in (1..).zip(parts.clone()) {
-            if self.stops(control) {
-                self.optimizer.zero_gradients()?;
-                return Err(Halt::Stopped);
-            }
-            let mut batch = Batch::of(part, self.device);
-            let dropout = self.dropout(step, &batch.sequences);
-            let part = self.loss_sum(&mut batch, dropout.as_ref())? / supervised.max(1) as f64;
-            self.gang.backward(&part, number == parts.len())?;
-            loss += part.detach();
-        }
-        self.gang.finish_step()?;
-        self.gang.sum(&loss)?;
-        let learning_rate = schedule::learning_rate(&train.schedule, step, self.steps());
-        let grad_norm = self.optimizer.step(learning_rate, train.clip)?;
-        self.state.step = step;
-        self.state.cursor = last;
-        self.state.tokens += supervised;
-        self.ledger.pending.push_back(Pending { step, loss, grad_norm, learning_rate, supervised, tokens, begun, took: None });
-        Ok(())
-    }
-
-    fn dropout(&self, step: u64, sequences: &[u64]) -> Option<Dropout> {
-        let probability = self.spec.model.dropout;
-        let seed = random::key(self.spec.train.seed, Stream::Dropout, b"");
-        (probability > 0.0).then(|| Dropout { probability, seed, step, sequences: sequences.to_vec() })
     }
 
     /// Reads the numbers of every finished step but the newest `newer`, reports them and looks for
@@ -264,10 +197,6 @@ impl Run {
             return Ok(());
         }
         self.observe(0, None, report)?;
-        if !self.gang.speaks() {
-            self.ledger.saved = (self.state.step, Instant::now());
-            return Ok(());
-        }
         // The low mark is kept free for this: what has been trained is saved as long as it fits.
         let begun = Instant::now();
         let folder = self.write(&self.state.step.to_string(), 0)?;
@@ -281,42 +210,49 @@ impl Run {
     /// Saves once before the first step and reads it back, so that a disk that cannot hold a
     /// checkpoint is met before the work and not after it.
     pub fn rehearse_saving(&mut self, report: &mut Reporter) -> Result<(), Halt> {
-        if !self.gang.speaks() {
-            return Ok(());
-        }
         let begun = Instant::now();
         let folder = self.write("rehearsal", self.folders.disk_low_bytes)?;
-        checkpoint::verify(&folder)?;
-        checkpoint::load(&folder, &self.parameters, &self.optimizer)?;
-        std::fs::remove_dir_all(&folder).map_err(failure::io)?;
+        self.gang.lead(|| checkpoint::verify(&folder))?;
+        self.gang.each(|| checkpoint::load(&folder, &self.weights(), &self.optimizer.held()))?;
+        self.gang.lead(|| std::fs::remove_dir_all(&folder).map_err(failure::io))?;
         let data = serde_json::json!({ "duration_ms": begun.elapsed().as_millis() as u64 });
         report.event(Level::Info, "checkpoint.verified", "a checkpoint was saved and read back", data);
         Ok(())
     }
 
+    fn weights(&self) -> Vec<Held> {
+        self.gang.weights(&self.parameters, &self.optimizer)
+    }
+
     fn write(&self, name: &str, reserve_bytes: u64) -> Result<PathBuf, Halt> {
-        let folder = self.folders.staging.join(name);
-        let trained = Trained {
-            spec: &self.spec,
-            state: &self.state,
-            numerics: &self.numerics,
-            parameters: &self.parameters,
-            optimizer: &self.optimizer,
-            tokenizer: &self.folders.tokenizer,
-        };
-        checkpoint::save(&folder, &trained, reserve_bytes)?;
+        let (gang, folder) = (&self.gang, self.folders.staging.join(name));
+        // Weights, averages and squares.
+        gang.lead(|| checkpoint::stage(&folder, Model::parameter_count(&self.spec.model) * 4 * 3, reserve_bytes))?;
+        gang.each(|| {
+            let (staged, mut share) = (checkpoint::staged(&folder), Share::default());
+            share.add(&staged, checkpoint::WEIGHTS, gang.writer(false), &gang.weights_to_write(self.weights()))?;
+            share.add(&staged, checkpoint::OPTIMIZER, gang.writer(true), &gang.states_to_write(self.optimizer.held()))?;
+            share.note(&staged, gang.rank())
+        })?;
+        let (spec, state, numerics) = (&self.spec, &self.state, &self.numerics);
+        let trained = Trained { spec, state, numerics, tokenizer: &self.folders.tokenizer };
+        gang.lead(|| checkpoint::conclude(&folder, &trained, gang.ranks()))?;
         Ok(folder)
     }
 
     /// Writes the model's folder.
     pub fn publish(&self) -> Result<TaskResult, Halt> {
-        if !self.gang.speaks() {
-            return Ok(TaskResult::Rank);
-        }
-        let folder = self.folders.staging.join("model");
-        let weights_sha256 = checkpoint::save_model(&folder, &self.spec, &self.parameters, &self.folders.tokenizer, 0)?;
+        let (gang, folder) = (&self.gang, self.folders.staging.join("model"));
+        gang.lead(|| checkpoint::stage(&folder, Model::parameter_count(&self.spec.model) * 4 * 2, 0))?;
+        gang.each(|| {
+            let (staged, mut share) = (checkpoint::staged(&folder), Share::default());
+            share.add(&staged, checkpoint::WEIGHTS, gang.writer(false), &gang.weights_to_write(self.weights()))?;
+            share.note(&staged, gang.rank())
+        })?;
+        let conclude = || checkpoint::conclude_model(&folder, &self.spec, &self.folders.tokenizer, gang.ranks());
+        let Some(weights_sha256) = gang.lead(conclude)? else { return Ok(TaskResult::Rank) };
         let template = self.spec.method.template().map(|template| template.name().to_owned());
-        let (parameters, trained_tokens) = (self.parameters.count(), self.state.tokens);
+        let (parameters, trained_tokens) = (Model::parameter_count(&self.spec.model), self.state.tokens);
         Ok(TaskResult::Model { folder, parameters, weights_sha256, trained_tokens, template })
     }
 }

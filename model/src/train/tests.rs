@@ -1,4 +1,5 @@
 mod gangs;
+mod layouts;
 
 use std::path::{Path, PathBuf};
 
@@ -297,8 +298,8 @@ fn packed_batches_equal_the_same_documents_one_by_one() {
         assert!(sequences.iter().any(|pieces| pieces.len() > 1), "nothing is packed");
         let backward = |rows: &[&[Piece]]| {
             let examples: Vec<_> = rows.iter().map(|pieces| Example::of(shard, pieces, 0, run.posing())).collect();
-            let mut batch = Batch::of(&examples, run.device);
-            let loss = run.loss_sum(&mut batch, None).map_err(|halt| format!("{halt:?}")).unwrap();
+            let mut batch = Batch::of(&examples, 1, run.device);
+            let loss = run.loss_sum(std::slice::from_mut(&mut batch)).map_err(|halt| format!("{halt:?}")).unwrap();
             loss.backward();
             (loss.double_value(&[]), batch.supervised())
         };
@@ -315,7 +316,7 @@ fn packed_batches_equal_the_same_documents_one_by_one() {
         assert!((packed.0 / alone.0 - 1.0).abs() < 1e-5, "{packed:?} and {alone:?}");
         for (entry, (a, b)) in run.parameters.entries().iter().zip(packed_gradients.iter().zip(gradients())) {
             let difference = (a - &b).abs().max().double_value(&[]) / b.abs().max().double_value(&[]);
-            assert!(difference < 1e-4, "{} differs by {difference}", entry.parts[0].name);
+            assert!(difference < 1e-4, "{} differs by {difference}", entry.pieces[0].name);
         }
     }
 }

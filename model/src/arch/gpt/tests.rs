@@ -4,7 +4,7 @@ use super::*;
 use crate::{
     arch::Model,
     config::Architecture,
-    nn::{AttentionPlan, Dropout, Parameter},
+    nn::{AttentionPlan, Dropout},
 };
 
 fn config() -> ModelConfig {
@@ -82,9 +82,11 @@ fn padded_rows_are_zero_and_get_no_gradient() {
         assert_eq!(logits.size(), [2, 6, 70]);
         logits.log_softmax(-1, Kind::Float).i((.., .., 0)).sum(Kind::Float).backward();
         for entry in parameters.entries() {
-            let rows = entry.parts.last().unwrap().rows.end;
-            let padding =
-                |tensor: &Tensor| tensor.narrow(0, rows, tensor.size()[0] - rows).abs().sum(Kind::Float).double_value(&[]);
+            let last = entry.pieces.last().unwrap();
+            let used = last.start + last.numbers();
+            let padding = |tensor: &Tensor| {
+                tensor.view([-1]).narrow(0, used, tensor.numel() as i64 - used).abs().sum(Kind::Float).double_value(&[])
+            };
             assert_eq!(padding(&entry.tensor), 0.0);
             assert_eq!(padding(&entry.tensor.grad()), 0.0);
         }
@@ -103,7 +105,7 @@ fn every_variant_trains_with_finite_loss() {
         assert!(loss.double_value(&[]).is_finite());
         for entry in parameters.entries() {
             let norm = entry.tensor.grad().norm().double_value(&[]);
-            assert!(norm.is_finite() && norm > 0.0, "{} has gradient norm {norm} in {config:?}", entry.parts[0].name);
+            assert!(norm.is_finite() && norm > 0.0, "{} has gradient norm {norm} in {config:?}", entry.pieces[0].name);
         }
     }
 }
@@ -201,15 +203,15 @@ fn forward_loss_and_gradients_agree_with_a_plain_restatement() {
         loss.backward();
         expected_loss.backward();
         assert!((loss.double_value(&[]) - expected_loss.double_value(&[])).abs() < 1e-5);
-        for (part, entry) in parameters.parts() {
-            let gradient = Parameter::view(&entry.tensor.grad(), part).to_kind(Kind::Double);
-            assert_close(&gradient, &weights[&part.name].grad(), 2e-4, &part.name);
+        for (piece, entry) in parameters.pieces() {
+            let gradient = piece.view(&entry.tensor.grad()).to_kind(Kind::Double);
+            assert_close(&gradient, &weights[&piece.name].grad(), 2e-4, &piece.name);
         }
     }
 }
 
 fn random_noise(name: &str, values: &mut [f32]) {
-    crate::random::normal(99, name, 0.05, values);
+    crate::random::normal(99, name, 0.05, 0, values);
 }
 
 #[test]
@@ -261,15 +263,16 @@ fn dropout_depends_on_the_sequence_and_not_on_the_batch() {
     let run = |rows: &[i64], step: u64| {
         let pick = Tensor::from_slice(rows);
         let sequences = rows.iter().map(|&row| row as u64 + 100).collect();
-        let dropout = Dropout { probability: config.dropout, seed: 5, step, sequences };
-        let mut pass = Pass { plan: &mut AttentionPlan::Causal, dropout: Some(&dropout) };
+        let dropout = Dropout { probability: config.dropout, seed: 5, step, sequences, part: 0 };
+        let mut plan = AttentionPlan::Causal;
+        let mut pass = Pass { dropout: Some(&dropout), ..Pass::plain(&mut plan) };
         gpt.hidden(&ids.index_select(0, &pick), &positions(rows.len() as i64, 10), &mut pass)
     };
     let whole = run(&[0, 1, 2, 3], 1);
     assert_close(&whole.i(2..4), &run(&[2, 3], 1), 1e-6, "a sequence");
     assert!((whole.i(0..1) - run(&[0], 2)).abs().max().double_value(&[]) > 1e-3, "another step drops the same");
     let ones = Tensor::ones([4, 10, 32], (Kind::Float, Device::Cpu));
-    let dropout = Dropout { probability: 0.3, seed: 5, step: 1, sequences: vec![0, 1, 2, 3] };
+    let dropout = Dropout { probability: 0.3, seed: 5, step: 1, sequences: vec![0, 1, 2, 3], part: 0 };
     let dropped = dropout.apply(&ones, 1, Site::Mlp);
     assert!((dropped.mean(Kind::Float).double_value(&[]) - 1.0).abs() < 0.06);
     let zeros = dropped.eq(0.0).sum(Kind::Int64).int64_value(&[]) as f64 / 1280.0;

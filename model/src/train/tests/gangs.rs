@@ -6,14 +6,40 @@ use safetensors::SafeTensors;
 
 use super::*;
 use crate::{
-    parallel::{Layout, tests::in_ranks},
+    parallel::{self, Layout, tests::in_ranks},
     protocol::Membership,
 };
 
-fn gang(task: TrainTask, ranks: usize, rank: usize, store: SocketAddr) -> TrainTask {
-    let mut task = TrainTask { gang: Some(Membership { rank, store, address: "127.0.0.1".into() }), ..task };
-    task.spec.layout = Layout { data: ranks as u32, ..Layout::default() };
-    task
+/// A folder of all ranks, as those of one host have one. The first one's removes it.
+struct Shared {
+    folder: PathBuf,
+    rank: usize,
+}
+
+impl Shared {
+    fn new(store: SocketAddr, rank: usize) -> Shared {
+        Shared { folder: std::env::temp_dir().join(format!("lathe-gang-{}", store.port())), rank }
+    }
+
+    fn gang(&self, task: TrainTask, data: u32, store: SocketAddr) -> TrainTask {
+        self.of(task, Layout { data, ..Layout::default() }, store)
+    }
+
+    fn of(&self, task: TrainTask, layout: Layout, store: SocketAddr) -> TrainTask {
+        let staging = self.folder.join(task.staging.file_name().unwrap());
+        let membership = Membership { rank: self.rank, store, address: "127.0.0.1".into() };
+        let mut task = TrainTask { gang: Some(membership), staging, ..task };
+        task.spec.layout = layout;
+        task
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if self.rank == 0 {
+            let _ = std::fs::remove_dir_all(&self.folder);
+        }
+    }
 }
 
 fn spec(bench: &Bench, steps: u64) -> JobSpec {
@@ -65,8 +91,8 @@ fn assert_near(made: &Path, alone: &Path, (ours, theirs): (&[MetricRow], &[Metri
 fn four_data_ranks_train_as_one_does() {
     in_ranks("train::tests::gangs::four_data_ranks_train_as_one_does", 4, |[store, ..], rank| {
         let bench = Bench::new(&texts(60));
-        let spec = spec(&bench, 20);
-        let (made, reports) = run(&gang(bench.task("gang", spec.clone()), 4, rank, store));
+        let (shared, spec) = (Shared::new(store, rank), spec(&bench, 20));
+        let (made, reports) = run(&shared.gang(bench.task("gang", spec.clone()), 4, store));
         if rank > 0 {
             assert_eq!(made.unwrap(), TaskResult::Rank);
             assert!(
@@ -78,8 +104,8 @@ fn four_data_ranks_train_as_one_does() {
         weights(made);
         let (alone, alone_reports) = run(&bench.task("alone", spec));
         weights(alone);
-        let folder = |staging: &str| bench.path(staging).join("model");
-        assert_near(&folder("gang"), &folder("alone"), (&metrics(&reports), &metrics(&alone_reports)));
+        let (ours, theirs) = (shared.folder.join("gang/model"), bench.path("alone/model"));
+        assert_near(&ours, &theirs, (&metrics(&reports), &metrics(&alone_reports)));
     });
 }
 
@@ -88,52 +114,94 @@ fn a_pause_of_one_rank_stops_all_at_one_step_and_the_gang_resumes_to_the_bit() {
     in_ranks(
         "train::tests::gangs::a_pause_of_one_rank_stops_all_at_one_step_and_the_gang_resumes_to_the_bit",
         2,
-        |[first, second, third], rank| {
+        |[first, second, third, ..], rank| {
             let bench = Bench::new(&texts(60));
-            let spec = spec(&bench, 12);
-            let whole = run(&gang(bench.task("whole", spec.clone()), 2, rank, first)).0;
+            let (shared, spec) = (Shared::new(first, rank), spec(&bench, 12));
+            let whole = run(&shared.gang(bench.task("whole", spec.clone()), 2, first)).0;
 
             // The second rank alone is told to.
             let control = Control::default();
-            let (halted, reports) = run_with(&gang(bench.task("paused", spec.clone()), 2, rank, second), &control, |report| {
+            let task = shared.gang(bench.task("paused", spec.clone()), 2, second);
+            let (halted, reports) = run_with(&task, &control, |report| {
                 if matches!(report, Report::Progress { step: 1, .. }) && rank == 1 {
                     control.command(Command::Pause);
                 }
             });
             assert_eq!(halted.unwrap_err(), Halt::Stopped);
-            let mut resumed = gang(bench.task("paused", spec), 2, rank, third);
-            let saved = reports.iter().rev().find_map(|report| match report {
-                Report::Checkpoint { folder, .. } => Some(folder.clone()),
-                _ => None,
-            });
-            assert_eq!(saved.is_some(), rank == 0, "the first rank saves for all");
-            // Both are on one host here, but each has files of its own: the second reads the first's.
-            let note = std::env::temp_dir().join(format!("lathe-gang-{}", first.port()));
-            match saved {
-                Some(folder) => {
-                    let whole = note.with_extension("tmp");
-                    std::fs::write(&whole, folder.to_str().unwrap()).unwrap();
-                    std::fs::rename(whole, &note).unwrap();
-                }
-                None => wait_for(&note),
-            }
-            resumed.resume = Some(std::fs::read_to_string(&note).unwrap().into());
+            let told = reports.iter().any(|report| matches!(report, Report::Checkpoint { .. }));
+            assert_eq!(told, rank == 0, "the first rank speaks for all");
+            let saved = std::fs::read_dir(&task.staging).unwrap().map(|entry| entry.unwrap().path());
+            let [saved] = saved.collect::<Vec<_>>().try_into().unwrap();
+            let resumed = TrainTask { resume: Some(saved), ..shared.gang(bench.task("paused", spec), 2, third) };
             let again = run(&resumed).0;
             match rank {
-                0 => {
-                    std::fs::remove_file(note).unwrap();
-                    assert_eq!(weights(again), weights(whole));
-                }
+                0 => assert_eq!(weights(again), weights(whole)),
                 _ => assert_eq!(again.unwrap(), TaskResult::Rank),
             }
         },
     );
 }
 
-fn wait_for(path: &Path) {
-    let deadline = Instant::now() + std::time::Duration::from_secs(60);
-    while !path.exists() {
-        assert!(Instant::now() < deadline, "{} does not come", path.display());
-        std::thread::sleep(std::time::Duration::from_millis(20));
+/// Every resumed run goes on where the one before would have: each of its steps is the undisturbed run's.
+#[test]
+fn a_checkpoint_is_resumed_from_under_any_layout() {
+    in_ranks("train::tests::gangs::a_checkpoint_is_resumed_from_under_any_layout", 2, |[first, second, third, ..], rank| {
+        let bench = Bench::new(&texts(60));
+        let (shared, mut spec) = (Shared::new(first, rank), spec(&bench, 24));
+        (spec.train.checkpoint_every, spec.model.layers) = (Some(6), 4);
+        let one = Layout::default();
+        let layouts = [
+            (Layout { tensor: 2, sequence: true, ..one }, first),
+            (Layout { pipeline: 2, schedule: parallel::layout::Schedule::Interleaved, chunks: 2, ..one }, second),
+            (Layout { data: 2, zero: 3, ..one }, third),
+        ];
+        let expected = (rank == 0).then(|| metrics(&run(&bench.task("undisturbed", spec.clone())).1));
+        let mut resume: Option<PathBuf> = None;
+        for (number, (layout, store)) in (1..).zip(layouts) {
+            let task = shared.of(bench.task(&number.to_string(), spec.clone()), layout, store);
+            let task = TrainTask { resume, ..task };
+            let (result, reports) = run(&task);
+            result.unwrap();
+            let before = 6 * (number - 1);
+            expected.iter().for_each(|expected| assert_equal_steps(&metrics(&reports), expected, before));
+            resume = Some(task.staging.join((6 * number).to_string()));
+        }
+        if let Some(expected) = expected {
+            let alone = TrainTask { resume, ..bench.task("alone", spec) };
+            assert_equal_steps(&metrics(&run(&alone).1), &expected, 18);
+        }
+    });
+}
+
+#[test]
+fn a_model_is_tuned_under_any_layout() {
+    in_ranks("train::tests::gangs::a_model_is_tuned_under_any_layout", 2, |[first, second, third, ..], rank| {
+        let bench = Bench::new(&texts(60));
+        let (shared, mut spec) = (Shared::new(first, rank), spec(&bench, 6));
+        spec.model.tie_embeddings = false;
+        // Every rank has one of its own, of equal bits.
+        run(&bench.task("base", spec.clone())).0.unwrap();
+        spec.train.seed += 1;
+        let from_base = |task: TrainTask| TrainTask { base_model: Some(bench.path("base").join("model")), ..task };
+        let expected = metrics(&run(&from_base(bench.task("alone", spec.clone()))).1);
+        let one = Layout::default();
+        let layouts = [Layout { tensor: 2, ..one }, Layout { pipeline: 2, ..one }, Layout { data: 2, zero: 3, ..one }];
+        for (number, (layout, store)) in layouts.into_iter().zip([first, second, third]).enumerate() {
+            let task = shared.of(bench.task(&number.to_string(), spec.clone()), layout, store);
+            let (result, reports) = run(&from_base(task));
+            result.unwrap();
+            if rank == 0 {
+                assert_equal_steps(&metrics(&reports), &expected, 0);
+            }
+        }
+    });
+}
+
+/// All steps after `before`, to rounding.
+fn assert_equal_steps(found: &[MetricRow], expected: &[MetricRow], before: usize) {
+    assert_eq!(found.len(), expected.len() - before);
+    for (row, other) in found.iter().zip(&expected[before..]) {
+        assert_eq!(row.step, other.step);
+        assert!((row.loss / other.loss - 1.0).abs() < 1e-4, "{row:?} {other:?}");
     }
 }
