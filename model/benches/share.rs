@@ -16,7 +16,7 @@ use lathe_model::{
     },
     nn::{Parameters, Pass},
     objective::Posing,
-    optim::{Adamw, Slice},
+    optim::{self, Slice},
     shim::{self, Autocast},
     tokenizer::Tokenizer,
 };
@@ -66,7 +66,7 @@ fn batches(dataset: &Path, tokenizer: &Path, context: u64, batch_size: u64, thre
     (0..BATCHES).map(batch).collect()
 }
 
-fn step(model: &Model, optimizer: &mut Adamw, batch: &mut Batch) {
+fn step(model: &Model, optimizer: &mut optim::Optimizer, batch: &mut Batch) {
     let autocast = Autocast::bf16(Device::Cpu).expect("the CPU computes in bf16");
     let mut pass = Pass::plain(&mut batch.plan);
     let hidden_btc = model.hidden(&batch.tokens_bt, &batch.positions_bt, &mut pass);
@@ -94,7 +94,7 @@ fn main() {
     let mut parameters = Parameters::trainable(Device::Cpu, SEED);
     let model = Model::new(&shape.config(), &mut parameters);
     let mut optimizer =
-        Adamw::new(Slice::of(&parameters), &Optimizer::Adamw { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 });
+        optim::Optimizer::new(Slice::of(&parameters), &Optimizer::Adamw { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 });
     println!("0");
     for line in io::stdin().lines() {
         let steps: usize = line.expect("text").trim().parse().expect("a number of steps");

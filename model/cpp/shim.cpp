@@ -7,6 +7,7 @@
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/_fused_sgd.h>
 #include <torch/version.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/function.h>
@@ -249,6 +250,24 @@ int lathe_adamw(Tensor* const* parameters, Tensor* const* averages, Tensor* cons
     at::_fused_adamw_(own, grads, first, second, {}, counters, options->learning_rate, options->beta1, options->beta2,
                       options->weight_decay, options->eps, /*amsgrad=*/false, /*maximize=*/false, *grad_scale,
                       *found_inf);
+    return 1;
+  });
+}
+
+struct LatheSgd {
+  double learning_rate, momentum, weight_decay;
+};
+
+/// One fused SGD step, with gradients and `found_inf` as in `lathe_adamw`. Without momentum `momenta` is not read.
+int lathe_sgd(Tensor* const* parameters, Tensor* const* momenta, int64_t count, const LatheSgd* options,
+              Tensor* grad_scale, Tensor* found_inf) {
+  return guarded(0, [=] {
+    at::NoGradGuard guard;
+    auto own = list(parameters, count), grads = gradients(own);
+    auto first = options->momentum > 0 ? list(momenta, count) : std::vector<Tensor>();
+    at::_fused_sgd_(own, grads, first, options->weight_decay, options->momentum, options->learning_rate,
+                    /*dampening=*/0, /*nesterov=*/false, /*maximize=*/false, /*is_first_step=*/false, *grad_scale,
+                    *found_inf);
     return 1;
   });
 }

@@ -113,6 +113,8 @@ impl Method {
 pub enum Optimizer {
     /// Loshchilov & Hutter, arXiv 1711.05101. Decay acts on matrices only.
     Adamw { betas: [f64; 2], eps: f64, weight_decay: f64 },
+    /// The decay is added to the gradient, of matrices only.
+    Sgd { momentum: f64, weight_decay: f64 },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

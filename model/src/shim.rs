@@ -116,6 +116,14 @@ unsafe extern "C" {
         grad_scale: *const C_tensor,
         found_inf: *const C_tensor,
     ) -> c_int;
+    fn lathe_sgd(
+        parameters: Tensors,
+        momenta: Tensors,
+        count: i64,
+        options: *const SgdStep,
+        grad_scale: *const C_tensor,
+        found_inf: *const C_tensor,
+    ) -> c_int;
     fn lathe_dropout_mask(
         sequences: *const u64,
         rows: i64,
@@ -402,6 +410,36 @@ pub fn adamw(tensors: &AdamwTensors, step: AdamwStep) -> Result<(), TensorError>
             tensors.grad_scale.as_ptr(),
             tensors.found_inf.as_ptr(),
         )
+    })
+}
+
+/// Entry i of each list belongs to parameter i; without momentum there are no momenta.
+pub struct SgdTensors<'a> {
+    pub parameters: &'a [Tensor],
+    pub momenta: &'a [Tensor],
+    /// fp32 scalar by which gradients are divided.
+    pub grad_scale: &'a Tensor,
+    /// fp32 scalar: 1 skips the step.
+    pub found_inf: &'a Tensor,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct SgdStep {
+    pub learning_rate: f64,
+    pub momentum: f64,
+    pub weight_decay: f64,
+}
+
+pub fn sgd(tensors: &SgdTensors, step: SgdStep) -> Result<(), TensorError> {
+    let (parameters, momenta) = (pointers(tensors.parameters), pointers(tensors.momenta));
+    let expected = if step.momentum > 0.0 { parameters.len() } else { 0 };
+    assert_eq!(momenta.len(), expected, "momenta of other parameters");
+    let (scale, found_inf) = (tensors.grad_scale.as_ptr(), tensors.found_inf.as_ptr());
+    // SAFETY: lists of `count` valid tensors, of which the second is not read without momentum, and two scalars, all borrowed for
+    // the call.
+    check(unsafe {
+        lathe_sgd(parameters.as_ptr(), momenta.as_ptr(), parameters.len() as i64, ptr::from_ref(&step), scale, found_inf)
     })
 }
 

@@ -76,22 +76,26 @@ names! {
 pub enum OptimizerType {
     #[default]
     Adamw,
+    Sgd,
 }
 
-/// AdamW; the decay acts on matrices only.
+/// AdamW, or stochastic gradient descent with momentum; the decay acts on matrices only.
 #[derive(Debug, Default, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"type": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.1}))]
 pub struct OptimizerBody {
     /// Default: adamw.
     pub r#type: Option<OptimizerType>,
-    /// Default: 0.9 and 0.95.
+    /// Of AdamW. Default: 0.9 and 0.95.
     #[schema(min_items = 2, max_items = 2)]
     pub betas: Option<Vec<Beta>>,
-    /// Default: 1e-8.
+    /// Of AdamW. Default: 1e-8.
     #[schema(exclusive_minimum = 0, maximum = 1)]
     pub eps: Option<f64>,
-    /// Default: 0.1.
+    /// Of SGD. Default: 0.9.
+    #[schema(minimum = 0, exclusive_maximum = 1)]
+    pub momentum: Option<f64>,
+    /// Default: 0.1 for AdamW, 0 for SGD.
     #[schema(minimum = 0, maximum = 10)]
     pub weight_decay: Option<f64>,
 }
@@ -197,7 +201,7 @@ impl HyperparametersBody {
             batch_size,
             micro_batch_size: self.micro_batch_size,
             precision: self.precision.map(|name| name.0),
-            optimizer: self.optimizer.unwrap_or_default().resolve(),
+            optimizer: self.optimizer.unwrap_or_default().resolve()?,
             schedule: self.schedule.unwrap_or_default().0.resolve(method, self.steps)?,
             clip: self.clip.unwrap_or(1.0),
             seed: self.seed.unwrap_or(0),
@@ -212,16 +216,26 @@ impl HyperparametersBody {
 }
 
 impl OptimizerBody {
-    fn resolve(self) -> Optimizer {
+    fn resolve(self) -> Result<Optimizer, ApiError> {
+        let r#type = self.r#type.unwrap_or_default();
+        let foreign = match r#type {
+            OptimizerType::Adamw => self.momentum.map(|_| "momentum"),
+            OptimizerType::Sgd => self.betas.as_ref().map(|_| "betas").or(self.eps.map(|_| "eps")),
+        };
+        if let Some(field) = foreign {
+            let param = format!("hyperparameters.optimizer.{field}");
+            let message = format!("`{param}` is of the other type of optimizer: leave it out, or change `type`.");
+            return Err(contradiction(&param, &message));
+        }
         let betas = match self.betas.as_deref() {
             Some([first, second]) => [first.0, second.0],
             _ => [0.9, 0.95],
         };
-        match self.r#type.unwrap_or_default() {
-            OptimizerType::Adamw => {
-                Optimizer::Adamw { betas, eps: self.eps.unwrap_or(1e-8), weight_decay: self.weight_decay.unwrap_or(0.1) }
-            }
-        }
+        let (eps, momentum) = (self.eps.unwrap_or(1e-8), self.momentum.unwrap_or(0.9));
+        Ok(match r#type {
+            OptimizerType::Adamw => Optimizer::Adamw { betas, eps, weight_decay: self.weight_decay.unwrap_or(0.1) },
+            OptimizerType::Sgd => Optimizer::Sgd { momentum, weight_decay: self.weight_decay.unwrap_or(0.0) },
+        })
     }
 }
 

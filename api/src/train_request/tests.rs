@@ -110,6 +110,22 @@ fn everything_stated_is_kept() {
 }
 
 #[test]
+fn an_optimizer_has_its_own_settings_and_defaults() {
+    let of = |optimizer: Value| with(pretrain(), "/hyperparameters", json!({"steps": 1, "optimizer": optimizer}));
+    let resolved = |optimizer| parse(of(optimizer)).train.optimizer;
+    assert_eq!(resolved(json!({"type": "sgd"})), Optimizer::Sgd { momentum: 0.9, weight_decay: 0.0 });
+    let stated = json!({"type": "sgd", "momentum": 0, "weight_decay": 0.1});
+    assert_eq!(resolved(stated), Optimizer::Sgd { momentum: 0.0, weight_decay: 0.1 });
+    for (optimizer, field) in [
+        (json!({"momentum": 0.9}), "momentum"),
+        (json!({"type": "sgd", "betas": [0.9, 0.95]}), "betas"),
+        (json!({"type": "sgd", "eps": 1e-8}), "eps"),
+    ] {
+        assert_eq!(contradiction(of(optimizer)), format!("hyperparameters.optimizer.{field}"));
+    }
+}
+
+#[test]
 fn every_bound_is_a_400_with_its_path() {
     let cases = [
         ("/hyperparameters/steps", json!(0), "hyperparameters.steps"),
@@ -128,8 +144,8 @@ fn every_bound_is_a_400_with_its_path() {
         ("/hyperparameters/sample_prompts", json!([""]), "hyperparameters.sample_prompts[0]"),
         ("/hyperparameters/optimizer", json!({"betas": [0.9, 1.0]}), "hyperparameters.optimizer.betas[1]"),
         ("/hyperparameters/optimizer", json!({"betas": [0.9]}), "hyperparameters.optimizer.betas"),
-        ("/hyperparameters/optimizer", json!({"type": "sgd"}), "hyperparameters.optimizer.type"),
-        ("/hyperparameters/optimizer", json!({"momentum": 0.9}), "hyperparameters.optimizer.momentum"),
+        ("/hyperparameters/optimizer", json!({"type": "rmsprop"}), "hyperparameters.optimizer.type"),
+        ("/hyperparameters/optimizer", json!({"type": "sgd", "momentum": 1}), "hyperparameters.optimizer.momentum"),
         ("/hyperparameters/schedule", json!({"peak": 0}), "hyperparameters.schedule.peak"),
         ("/hyperparameters/schedule", json!({"type": "constant", "floor": 1e-4}), "hyperparameters.schedule.floor"),
         ("/hyperparameters/divergence", json!({"factor": 1}), "hyperparameters.divergence.factor"),

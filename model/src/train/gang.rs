@@ -15,7 +15,7 @@ use crate::{
     control::Control,
     failure,
     nn::{Parameters, Piece, Twin},
-    optim::{Adamw, Slice},
+    optim::{Optimizer, Slice},
     parallel::{
         Axis, Gradients, Group, Interrupted, Layout, Mesh, Record, Residence, Stage, TensorAxis, Wire, schedule::Pipeline, stages,
     },
@@ -118,12 +118,12 @@ impl Gang {
     }
 
     /// What this rank holds of the weights.
-    pub fn weights(&self, parameters: &Parameters, optimizer: &Adamw) -> Vec<Held> {
+    pub fn weights(&self, parameters: &Parameters, optimizer: &Optimizer) -> Vec<Held> {
         if self.layout().zero < 3 || self.gradients().is_none() {
             return Held::all(parameters);
         }
         let held = |slice: &Slice, piece: &Piece| Held::new(piece.clone(), &slice.tensor, slice.cut, slice.twin);
-        optimizer.slices().flat_map(|slice| slice.pieces.iter().map(move |piece| held(slice, piece))).collect()
+        optimizer.slices().iter().flat_map(|slice| slice.pieces.iter().map(move |piece| held(slice, piece))).collect()
     }
 
     pub fn is_alone(&self) -> bool {
@@ -264,7 +264,7 @@ impl Gang {
     }
 
     /// After the last micro-batch: gradients are those of the whole batch.
-    pub fn finish_step(&self, optimizer: &Adamw) -> Result<(), Halt> {
+    pub fn finish_step(&self, optimizer: &Optimizer) -> Result<(), Halt> {
         self.gradients().map_or(Ok(()), Gradients::hand_over)?;
         let axis = self.axis();
         if axis.shares_sequence() {
@@ -281,7 +281,7 @@ impl Gang {
     }
 
     /// The norm over all gradients.
-    pub fn gradient_norm(&self, optimizer: &Adamw) -> Result<Tensor, Halt> {
+    pub fn gradient_norm(&self, optimizer: &Optimizer) -> Result<Tensor, Halt> {
         let layout = self.layout();
         if layout.tensor == 1 && layout.pipeline == 1 && layout.zero == 0 {
             return Ok(optimizer.gradient_norm()?);

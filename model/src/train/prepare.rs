@@ -20,7 +20,7 @@ use crate::{
     },
     device, failure,
     nn::Parameters,
-    optim::Adamw,
+    optim::Optimizer,
     protocol::{Failure, FailureCode, Level, Numerics, Report, TrainTask},
     shim,
     tokenizer::Tokenizer,
@@ -44,7 +44,7 @@ pub fn prepare(task: &TrainTask, threads: usize, report: &mut Reporter) -> Resul
     let mut gang = task.gang.as_ref().map_or(Ok(Gang::alone()), join)?;
     let mut parameters = Parameters::trainable(device, spec.train.seed).over(gang.axis());
     let mut model = Model::of(&spec.model, &mut parameters, gang.stages(&spec.model));
-    let optimizer = Adamw::new(gang.share(&parameters)?, &spec.train.optimizer);
+    let optimizer = Optimizer::new(gang.share(&parameters)?, &spec.train.optimizer);
     model.reside(gang.residence());
     let weights = gang.weights(&parameters, &optimizer);
     let mut state = TrainState::default();

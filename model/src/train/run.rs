@@ -18,7 +18,7 @@ use crate::{
     failure,
     nn::Parameters,
     objective::Posing,
-    optim::Adamw,
+    optim::Optimizer,
     protocol::{Level, MetricRow, Numerics, Report, TaskResult},
     tokenizer::Tokenizer,
 };
@@ -67,7 +67,7 @@ pub struct Run {
     pub data: Data,
     pub model: Model,
     pub parameters: Parameters,
-    pub optimizer: Adamw,
+    pub optimizer: Optimizer,
     pub state: TrainState,
     pub folders: Folders,
     pub ledger: Ledger,

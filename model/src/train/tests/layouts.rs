@@ -26,11 +26,15 @@ fn variant(model: ModelConfig, bits: u32) -> ModelConfig {
     }
 }
 
+/// Every other variant of those that take all steps is trained by SGD.
 fn spec(bench: &Bench, bits: u32) -> JobSpec {
     let mut spec = bench.spec(pretrain(), STEPS);
     spec.model = variant(spec.model, bits);
     (spec.train.batch_size, spec.train.micro_batch_size) = (16, Some(2));
-    spec.train.optimizer = Optimizer::Adamw { betas: [0.9, 0.95], eps: 1e-5, weight_decay: 0.1 };
+    spec.train.optimizer = match bits % 2 {
+        0 => Optimizer::Adamw { betas: [0.9, 0.95], eps: 1e-5, weight_decay: 0.1 },
+        _ => Optimizer::Sgd { momentum: 0.9, weight_decay: 0.1 },
+    };
     spec
 }
 
@@ -86,10 +90,11 @@ fn train_as_one(bench: &Bench, bits: u32, layout: Layout, membership: Membership
         assert!((loss / expected - 1.0).abs() < 1e-4, "{what}, step {step}: {loss} and {expected}");
         assert!((norm / expected_norm - 1.0).abs() < 1e-4, "{what}, step {step}: norms {norm} and {expected_norm}");
     }
+    let tolerance = if bits.is_multiple_of(2) { 1e-4 } else { 1e-5 };
     for held in ours.gang.weights(&ours.parameters, &ours.optimizer) {
         let theirs = whole(&alone.parameters, &held.piece, Tensor::detach);
         if !held.piece.name.ends_with(".k.bias") {
-            assert_near(&held.piece.name, &held.tensor, &theirs, 1e-4, &what);
+            assert_near(&held.piece.name, &held.tensor, &theirs, tolerance, &what);
         }
     }
 }
