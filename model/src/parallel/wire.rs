@@ -1,7 +1,7 @@
 //! What the stages of a pipeline hand to one another: results to the next part of the model, gradients to the one before.
 //!
-//! A stage never waits for what it sends to be taken before the step's end, so the order in which others take it cannot stop
-//! it.
+//! A stage does not wait until what it sends is taken, so the order in which others take it cannot stop it. A result is held
+//! until its gradient comes back, a gradient until the step's end.
 
 use std::{cell::RefCell, sync::Arc};
 
@@ -17,7 +17,14 @@ use super::{
 pub struct Wire {
     group: Arc<Group>,
     /// What was sent, which must not change until it was taken.
-    sent: RefCell<Vec<(Pending, Tensor)>>,
+    sent: RefCell<Vec<Sent>>,
+}
+
+#[derive(Debug)]
+struct Sent {
+    made_by: Action,
+    pending: Pending,
+    _tensor: Tensor,
 }
 
 impl Wire {
@@ -41,6 +48,10 @@ impl Wire {
         let Some((from, made)) = pipeline.needs(self.stage(), action) else { return Ok(None) };
         let tensor = Tensor::empty(shape, (Kind::Float, device));
         self.group.receive(&tensor, from, tag(pipeline, from, made))?.wait()?;
+        if action.pass == Direction::Backward {
+            // Whoever sends the gradient has taken the result.
+            self.taken(|made_by| *made_by == Action { pass: Direction::Forward, ..action })?;
+        }
         Ok(Some(tensor))
     }
 
@@ -49,13 +60,19 @@ impl Wire {
         let Some(to) = pipeline.goes_to(self.stage(), action) else { return Ok(()) };
         let made = made.detach().to_kind(Kind::Float).contiguous();
         let pending = self.group.send(&made, to, tag(pipeline, self.stage(), action))?;
-        self.sent.borrow_mut().push((pending, made));
+        self.sent.borrow_mut().push(Sent { made_by: action, pending, _tensor: made });
         Ok(())
     }
 
     /// Waits until everything that was sent was taken.
     pub fn finish(&self) -> Result<(), Interrupted> {
-        self.sent.borrow_mut().drain(..).try_for_each(|(pending, _)| pending.wait())
+        self.taken(|_| true)
+    }
+
+    /// Waits until what these actions made was taken, and holds it no longer.
+    fn taken(&self, of: impl Fn(&Action) -> bool) -> Result<(), Interrupted> {
+        let taken: Vec<Sent> = self.sent.borrow_mut().extract_if(.., |sent| of(&sent.made_by)).collect();
+        taken.into_iter().try_for_each(|sent| sent.pending.wait())
     }
 }
 

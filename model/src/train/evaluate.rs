@@ -27,11 +27,14 @@ const BRIEF: Duration = Duration::from_millis(500);
 pub fn validation_loss(run: &Run, control: &Control, report: &mut Reporter) -> Result<Option<f32>, Halt> {
     let Some((shard, packing)) = run.data.validation() else { return Ok(None) };
     let _no_grad = tch::no_grad_guard();
-    let chosen = run.gang.own(evenly_spaced(packing.len(), SEQUENCES));
+    let all = evenly_spaced(packing.len(), SEQUENCES);
+    let chosen = run.gang.own(all.clone());
     let (mut sum, mut tokens) = (Tensor::zeros([], (Kind::Float, run.device)), 0);
     let (begun, mut announced) = (Instant::now(), false);
     // As many at once as there are stages to work on them.
     let micro = run.micro_batch_size() as usize;
+    let example = |&index: &u64| Example::of(shard, packing.sequence(index), index, run.posing());
+    let batch = |part: &[u64]| Batch::of(&part.iter().map(example).collect::<Vec<_>>(), run.gang.sequence_multiple(), run.device);
     for parts in chosen.chunks(micro * run.gang.pipeline(1).stages) {
         if run.stops(control) {
             return Err(Halt::Stopped);
@@ -40,14 +43,15 @@ pub fn validation_loss(run: &Run, control: &Control, report: &mut Reporter) -> R
             announced = true;
             report.send(Report::Phase { phase: Phase::Evaluating });
         }
-        let example = |&index: &u64| Example::of(shard, packing.sequence(index), index, run.posing());
-        let batch =
-            |part: &[u64]| Batch::of(&part.iter().map(example).collect::<Vec<_>>(), run.gang.sequence_multiple(), run.device);
         let mut micros: Vec<Batch> = parts.chunks(micro).map(batch).collect();
         if run.gang.stage() == 0 {
             tokens += micros.iter().map(Batch::supervised).sum::<i64>();
         }
         sum += run.loss_sum(&mut micros)?;
+    }
+    // Where ranks gather parameters of one another, those with less to do go through the model as often.
+    for _ in chosen.len().div_ceil(micro)..run.gang.most(all.len()).div_ceil(micro) {
+        let _ = run.loss_sum(&mut [batch(&all[..1])])?;
     }
     if announced {
         report.send(Report::Phase { phase: Phase::Training });

@@ -21,7 +21,7 @@ use crate::{
     },
     protocol::{Command, Failure, FailureCode, Membership},
     shim::{
-        TensorError,
+        self, TensorError,
         c10d::{Reduction, Store},
     },
 };
@@ -220,6 +220,11 @@ impl Gang {
         all.into_iter().skip(mesh.at.data).step_by(mesh.layout.size(Axis::Data)).collect()
     }
 
+    /// How many of so many are the rank's that has most.
+    pub fn most(&self, all: usize) -> usize {
+        all.div_ceil(self.layout().size(Axis::Data))
+    }
+
     /// Tells the others what this rank was asked for, and hears what they were: a command to one is one to all.
     pub fn agree(&self, control: &Control, save: bool) -> Result<Agreed, Halt> {
         let save = control.takes_checkpoint() || save;
@@ -269,7 +274,8 @@ impl Gang {
         let axis = self.axis();
         if axis.shares_sequence() {
             // Each rank has seen its own positions.
-            optimizer.tensors_of(|slice| !slice.cut).iter().for_each(|tensor| _ = axis.sum(tensor.grad()));
+            let whole = optimizer.tensors_of(|slice| !slice.cut);
+            whole.iter().try_for_each(|tensor| shim::set_gradient(tensor, &axis.sum(tensor.grad())))?;
             axis.check()?;
         }
         if let Some(ends) = self.0.as_ref().and_then(|ranks| ranks.mesh.ends.as_ref()) {
